@@ -1,0 +1,40 @@
+# make env | test | run | lint | clean.  Extra arguments: make run ARGS="--context 65536"
+
+PYTHON ?= python3
+PY := .venv/bin/python
+STAMP := .venv/.installed
+NEW_ENOUGH := -c 'import sys; sys.exit(sys.version_info < (3, 11))'
+HAS_PIP := -c 'import importlib.metadata; importlib.metadata.version("pip")'
+
+.PHONY: env venv test run lint clean
+
+env: $(STAMP)
+
+test: env
+	$(PY) -m pytest -q $(ARGS)
+
+run: env
+	$(PY) -m experiments.needle_2m --out runs/needle_2m $(ARGS)
+
+lint: env
+	$(PY) -m ruff check . $(ARGS)
+
+# Undoes `env` and removes caches; the results under runs/ stay.
+clean:
+	rm -rf .venv build *.egg-info .pytest_cache .ruff_cache
+	find . -name __pycache__ -prune -exec rm -rf {} +
+
+# The stamp is written last, so an install that failed or was interrupted is done again. A .venv
+# that is there is kept if its Python runs, is new enough and has pip (whose metadata come last).
+$(STAMP): pyproject.toml setup.cfg constraints.txt
+	@rm -f $@
+	@$(PY) $(NEW_ENOUGH) 2>/dev/null && $(PY) $(HAS_PIP) 2>/dev/null || \
+	  $(MAKE) --no-print-directory venv
+	$(PY) -m pip install --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $@
+
+venv:
+	@$(PYTHON) $(NEW_ENOUGH) 2>/dev/null || { echo "error: kimijax needs Python 3.11 or newer," \
+	  "but $(PYTHON) is: $$($(PYTHON) --version 2>&1); install one and name it, as in" \
+	  "make env PYTHON=python3.12" >&2; exit 1; }
+	$(PYTHON) -m venv --clear .venv

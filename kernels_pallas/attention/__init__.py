@@ -1,0 +1,55 @@
+"""Attention with positions as data, returned as a Partial.
+
+One op for multi-head, grouped and multi-query heads, and for MLA in both forms: expanded (a key
+and value per head, one rotary key shared by all heads) and absorbed (the latent is key and value
+of a single KV head). Masks come from positions and segments and from nothing else.
+"""
+
+from typing import NamedTuple
+
+import jax
+
+from kernels_pallas.attention import ref, xla
+from kernels_pallas.partial import Partial
+
+# b batch, t query, s key, g KV head, h query head, n key dim, p rotary dim, v value dim
+IMPLS = {"ref": ref.attention, "xla": xla.attention}
+
+
+class Queries(NamedTuple):
+    """Query heads and what they may see: keys of the same segment in [since, pos]."""
+
+    nope: jax.Array  # b t h n
+    rope: jax.Array | None  # b t h p   already rotated; None without rotary part
+    pos: jax.Array  # b t       int32
+    seg: jax.Array  # b t       int32, -1 is padding: sees nothing
+    since: jax.Array  # b t       int32, the earliest position in sight (0: all of the past)
+
+
+class Keys(NamedTuple):
+    """Keys and values of g heads (g divides h); the rotary key is shared by all heads."""
+
+    key: jax.Array  # b s g n
+    value: jax.Array  # b s g v
+    rope: jax.Array | None  # b s p
+    pos: jax.Array  # b s       int32; an unwritten slot is int32 max, in the future of everyone
+    seg: jax.Array  # b s       int32, -1 is padding: never seen
+
+
+def attention(q: Queries, kv: Keys, *, scale: float, impl: str) -> Partial:
+    """Causal attention of `q` to `kv` by position; out b t h v, lse and max_logit b t h.
+
+    Sequence order is free. `impl` is named by the caller ("ref", "xla"); a wrong name or shapes
+    that do not fit raise ValueError. Differentiable in all float inputs, through out and lse.
+    """
+    if impl not in IMPLS:
+        raise ValueError(f"attention: unknown {impl=}, there are {sorted(IMPLS)}")
+    (b, t, h, n), (bk, s, g, nk) = q.nope.shape, kv.key.shape
+    if (b, n) != (bk, nk) or h % g or kv.value.shape[:3] != (b, s, g):
+        raise ValueError(
+            f"attention: queries b t h n {q.nope.shape} do not fit keys b s g n {kv.key.shape} "
+            f"and values {kv.value.shape}: b and n must agree, g divide h"
+        )
+    if (q.rope is None) != (kv.rope is None):
+        raise ValueError("attention: queries and keys must both have a rotary part, or neither")
+    return IMPLS[impl](q, kv, scale=scale)

@@ -1,0 +1,35 @@
+"""The definition of attention over positions: dense, float32."""
+
+import jax
+import jax.numpy as jnp
+
+from kernels_pallas.partial import Partial, from_logits
+
+HIGHEST = jax.lax.Precision.HIGHEST
+
+
+def visible(q, kv) -> jax.Array:
+    """b t s: the key is of the query's segment, not in its future and not before its sight."""
+    k_pos, k_seg = kv.pos[:, None, :], kv.seg[:, None, :]
+    same = (q.seg[..., None] == k_seg) & (k_seg >= 0)
+    return same & (k_pos <= q.pos[..., None]) & (k_pos >= q.since[..., None])
+
+
+def attention(q, kv, *, scale: float) -> Partial:
+    """softmax(scale q k^T) v over the visible keys."""
+    b, t, h, n = q.nope.shape
+    g = kv.key.shape[2]
+    f32 = jnp.float32
+
+    def contract(eqn, *args):
+        return jnp.einsum(eqn, *(a.astype(f32) for a in args), precision=HIGHEST)
+
+    heads = q.nope.reshape(b, t, g, h // g, n)
+    logits = contract("btgin,bsgn->btgis", heads, kv.key)
+    if q.rope is not None:
+        logits += contract("btgip,bsp->btgis", q.rope.reshape(b, t, g, h // g, -1), kv.rope)
+    seen = visible(q, kv)[:, :, None, None, :]
+    p = from_logits(logits * scale, seen, lambda w: contract("btgis,bsgv->btgiv", w, kv.value))
+    return Partial(
+        p.out.reshape(b, t, h, -1), p.lse.reshape(b, t, h), p.max_logit.reshape(b, t, h)
+    )

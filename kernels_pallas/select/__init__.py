@@ -1,0 +1,36 @@
+"""Attention to chosen blocks of a latent store, returned as a Partial.
+
+A tile of queries shares one choice of k blocks; cost is proportional to the chosen pairs. Absorbed
+MLA: the latent is key and value. The choice lies wholly in the past of every query of its tile
+(the indexer sees to that), so a chosen block is visible whole and no position is compared here.
+"""
+
+import jax
+
+from kernels_pallas.partial import Partial
+from kernels_pallas.select import ref, xla
+
+# b batch, m tile of queries, t query of a tile, h head, r latent, l layer, c block of the store,
+# j token of a block, k choice
+IMPLS = {"ref": ref.select, "xla": xla.select}
+
+
+def select(
+    q: jax.Array, blocks: jax.Array, layer: jax.Array, ids: jax.Array, *, scale: float, impl: str
+) -> Partial:
+    """Attend each tile of `q` to its chosen blocks; out b m t h r, lse and max_logit b m t h.
+
+    q       b m t h r   absorbed queries
+    blocks  l b c j r   the stacked store; `layer` (int32 scalar) names the slice, never copied
+    ids     b m k       int32 blocks, distinct within a tile; -1 chooses nothing
+
+    Differentiable in q and blocks. ValueError for an unknown impl or shapes that do not fit.
+    """
+    if impl not in IMPLS:
+        raise ValueError(f"select: unknown {impl=}, there are {sorted(IMPLS)}")
+    if q.shape[:2] != ids.shape[:2] or q.shape[0] != blocks.shape[1] or q.shape[-1] != blocks.shape[-1]:
+        raise ValueError(
+            f"select: queries b m t h r {q.shape}, blocks l b c j r {blocks.shape} and ids b m k "
+            f"{ids.shape} must agree in b, m and r"
+        )
+    return IMPLS[impl](q, blocks, layer, ids, scale=scale)

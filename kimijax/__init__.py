@@ -1,0 +1,1 @@
+"""kimijax: long-context research on the Kimi family of models in JAX."""

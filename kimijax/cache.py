@@ -1,0 +1,236 @@
+"""Caches and the tokens of one call, as values.
+
+A row of the cache is a sequence of slots; a slot holds one token, its position and its segment are
+data. Unwritten slots have position int32 max: they lie in the future and are never seen. A store
+begins with `lead` slots of history, so that looking back never leaves the array. A cache may stand
+on a frozen one: `fork` gives a small cache whose past is another, read but neither copied nor
+written, so that questions share one long document.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+from kimijax.config import CompressedConfig, LayerConfig, MLAConfig, ModelConfig, WindowConfig
+
+FAR = jnp.iinfo(jnp.int32).max
+
+
+class Watch(NamedTuple):
+    """Queries on which the block index is trained: their place in the row and their weight."""
+
+    at: jax.Array  # b m
+    weight: jax.Array  # b m
+
+
+@struct.dataclass
+class Tokens:
+    """What layers know of a call's tokens, besides their hidden states. Array order = slot order."""
+
+    pos: jax.Array  # b t
+    seg: jax.Array  # b t   -1: padding
+    past_pos: jax.Array  # b lead   of the slots before this call
+    past_seg: jax.Array  # b lead
+    count: jax.Array  # b     slots filled before this call
+    used: jax.Array  # b     slots filled by it
+    fresh: jax.Array | None = None  # b t   true: the token chooses blocks for itself
+    watch: Watch | None = None
+    # The call starts and ends at a multiple of `run`: tiles of queries are slices of the array.
+    aligned: bool = struct.field(pytree_node=False, default=True)
+
+
+@struct.dataclass
+class Cache:
+    """Slots of b rows and the state of every layer. `capacity` slots can be filled."""
+
+    pos: jax.Array  # b lead+capacity
+    seg: jax.Array  # b lead+capacity
+    count: jax.Array  # b   slots filled, those of the frozen past included
+    first: jax.Array  # b   the slot stored right behind the lead
+    states: tuple[tuple[dict[str, jax.Array], ...], ...]  # per group and layer, stacked by repeat
+    frozen: "Cache | None" = None
+    lead: int = struct.field(pytree_node=False, default=0)
+
+    @property
+    def capacity(self) -> int:
+        """Slots of a row, without the lead."""
+        return self.pos.shape[1] - self.lead
+
+
+class Memory(NamedTuple):
+    """What one layer sees of a cache: its own state, stacked over the repeats of its group."""
+
+    cache: Cache  # without states
+    state: dict[str, jax.Array]
+    frozen: dict[str, jax.Array] | None  # its state in the frozen cache
+    repeat: jax.Array  # int32: which slice of the stack is this layer's
+
+    def get(self, name: str) -> jax.Array:
+        """This layer's slice. For small states: a slice of a large one is a copy."""
+        return self.state[name][self.repeat]
+
+    def put(self, **new: jax.Array) -> "Memory":
+        """The same memory with this layer's slices replaced, in place where donated."""
+        state = {n: self.state[n].at[self.repeat].set(x.astype(self.state[n].dtype))
+                 for n, x in new.items()}
+        return self._replace(state=self.state | state)
+
+    def window(self, name: str, start: jax.Array, length: int) -> jax.Array:
+        """Token rows [start, start + length) of a large state of this layer: b length ..."""
+        stack = self.state[name]
+
+        def row(b, at):
+            starts = (self.repeat, b, at, *(0,) * (stack.ndim - 3))
+            return jax.lax.dynamic_slice(stack, starts, (1, 1, length, *stack.shape[3:]))[0, 0]
+
+        return jax.vmap(row)(jnp.arange(stack.shape[1]), start)
+
+    def write(self, at: jax.Array, **new: jax.Array) -> "Memory":
+        """Token rows b t ... into slots `at` b t of this layer; places outside are dropped."""
+        row = jnp.arange(at.shape[0])[:, None]
+        state = {
+            n: self.state[n].at[self.repeat, row, at].set(x.astype(self.state[n].dtype), mode="drop")
+            for n, x in new.items()
+        }
+        return self._replace(state=self.state | state)
+
+
+def lead_slots(cfg: ModelConfig) -> int:
+    """Slots of history that the layers look back on."""
+    return max((_lead(layer) for layer in cfg.layers), default=0)
+
+
+def _lead(layer: LayerConfig) -> int:
+    match layer.mixer:
+        case WindowConfig(window=w):
+            return w
+        case CompressedConfig(window=w, index=index):
+            return w + index.group
+        case _:
+            return 0
+
+
+def run_length(cfg: ModelConfig) -> int:
+    """Calls that start and end at multiples of this take the tiled path; documents start at them."""
+    run = 1
+    for layer in cfg.layers:
+        match layer.mixer:
+            case WindowConfig(window=w):
+                run = max(run, tile_length(w))
+            case CompressedConfig(index=index):
+                run = max(run, index.group)
+    for layer in cfg.layers:
+        if isinstance(layer.mixer, CompressedConfig) and run % layer.mixer.index.group:
+            raise ValueError(f"run {run} must be a multiple of group {layer.mixer.index.group}")
+    return run
+
+
+def tile_length(window: int) -> int:
+    """Queries per tile of a window layer: a power of two that holds the window."""
+    return max(64, 1 << (window - 1).bit_length())
+
+
+def empty_cache(
+    cfg: ModelConfig, rows: int, capacity: int, dtype: jnp.dtype = jnp.float32
+) -> Cache:
+    """An empty cache of `rows` rows with at least `capacity` slots each, rounded up to a run."""
+    run = run_length(cfg)
+    capacity = -(-capacity // run) * run
+    lead = -(-lead_slots(cfg) // run) * run
+    size = lead + capacity
+    return Cache(
+        pos=jnp.full((rows, size), FAR, jnp.int32),
+        seg=jnp.full((rows, size), -1, jnp.int32),
+        count=jnp.zeros(rows, jnp.int32),
+        first=jnp.zeros(rows, jnp.int32),
+        states=tuple(
+            tuple(_state(cfg.width, layer, g.repeat, rows, size, dtype) for layer in g.layers)
+            for g in cfg.groups
+        ),
+        lead=lead,
+    )
+
+
+def _state(width: int, layer: LayerConfig, repeat: int, rows: int, size: int, dtype) -> dict:
+    """The state of one layer of a group, for all its repeats."""
+
+    def zeros(*shape, dtype=dtype):
+        return jnp.zeros((repeat, rows, *shape), dtype)
+
+    state = {"conv": zeros(layer.conv - 1, width)} if layer.conv > 1 else {}
+    match layer.mixer:
+        case WindowConfig(kv_heads=g, head_dim=k, window=w):
+            state |= {"key": zeros(w, g, k), "value": zeros(w, g, k)}
+        case MLAConfig(kv_rank=r, rope=rope):
+            state |= {"latent": zeros(size, r)}
+            state |= {"k_rope": zeros(size, rope.dim)} if rope else {}
+        case CompressedConfig(kv_rank=r, taps=taps, index=index):
+            n = size // index.block
+            state |= {
+                "latent": zeros(size, r),
+                "keys": zeros(n, index.keys, index.dim),
+                "block_pos": jnp.full((repeat, rows, n), FAR, jnp.int32),
+                "block_seg": jnp.full((repeat, rows, n), -1, jnp.int32),
+                "choice": jnp.full((repeat, rows, index.top_k), -1, jnp.int32),
+            }
+            state |= {"past": zeros(taps - 1, width)} if taps > 1 else {}
+    return state
+
+
+def rows_slice(x: jax.Array, start: jax.Array, length: int) -> jax.Array:
+    """x[row, start[row] : start[row] + length] for every row."""
+    return jax.vmap(lambda row, at: jax.lax.dynamic_slice_in_dim(row, at, length))(x, start)
+
+
+def place(cache: Cache, tokens: Tokens) -> jax.Array:
+    """Where in the store each token of a call goes, b t; padding goes outside."""
+    at = tokens.count[:, None] + jnp.arange(tokens.pos.shape[1]) - cache.first[:, None] + cache.lead
+    return jnp.where(tokens.seg >= 0, at, cache.pos.shape[1])
+
+
+def keep_last(past: jax.Array, new: jax.Array, used: jax.Array) -> jax.Array:
+    """The last tokens of (past b n ..., new b t ...) after `used` of the new: b n ..."""
+    return rows_slice(jnp.concatenate([past, new.astype(past.dtype)], 1), used, past.shape[1])
+
+
+def fork(cfg: ModelConfig, cache: Cache, room: int) -> Cache:
+    """A cache that continues `cache`, which it reads and never writes, with `room` free slots.
+
+    Rows must be filled alike up to one run. Cost: a copy of the last tokens, not of the past.
+    """
+    if cache.frozen is not None:
+        raise ValueError("fork: the cache already stands on a frozen one; fork that one instead")
+    run, lead = run_length(cfg), cache.lead
+    new = empty_cache(cfg, cache.pos.shape[0], room + run)
+    first = cache.count // run * run
+    # The lead of the new store and the open run behind it are copies of the frozen store's end.
+    # Blocks that are complete by now stay with the frozen store, later ones will be in the new.
+    source = first - cache.first
+
+    def copied(x):
+        return rows_slice(x, source, lead + run)
+
+    live = jnp.arange(lead + run) < (cache.count - first + lead)[:, None]
+
+    def state(old: dict, fresh: dict) -> dict:
+        stored = {
+            name: x.astype(old[name].dtype).at[:, :, : lead + run].set(jax.vmap(copied)(old[name]))
+            for name, x in fresh.items()
+            if name in ("latent", "k_rope")
+        }
+        blocks = {name: x for name, x in fresh.items() if name in ("keys", "block_pos", "block_seg")}
+        return old | stored | blocks
+
+    return new.replace(
+        pos=new.pos.at[:, : lead + run].set(jnp.where(live, copied(cache.pos), FAR)),
+        seg=new.seg.at[:, : lead + run].set(jnp.where(live, copied(cache.seg), -1)),
+        count=cache.count,
+        first=first,
+        states=tuple(
+            tuple(state(a, b) for a, b in zip(old, fresh, strict=True))
+            for old, fresh in zip(cache.states, new.states, strict=True)
+        ),
+        frozen=cache,
+    )

@@ -1,0 +1,84 @@
+"""Multi-head latent attention, DeepSeek-V3 form (models of the Kimi K2 and Moonlight families)."""
+
+import flax.linen as nn
+import jax.numpy as jnp
+
+from kernels_pallas.attention import Queries
+from kernels_pallas.partial import Partial, finish, merge
+from kimijax.cache import Memory, Tokens, place
+from kimijax.config import MLAConfig
+from kimijax.layers.base import Proj, RMSNorm, fan_in, weight
+from kimijax.ops.attend import Latents, Ops
+from kimijax.ops.rope import cos_sin, rotate
+
+
+class MLA(nn.Module):
+    """Heads share one latent per token, which is all that is cached."""
+
+    cfg: MLAConfig
+    ops: Ops
+
+    @nn.compact
+    def __call__(self, x, tokens: Tokens, memory: Memory | None):
+        c, d = self.cfg, x.shape[-1]
+        q_nope, q_rope = self._queries(x)
+        latent = Proj((d, c.kv_rank), ("embed", "latent"), name="kv")("btd,dr->btr", x)
+        latent, k_rope = RMSNorm(c.latent_eps, name="kv_norm")(latent), None
+        if c.rope:
+            k_rope = Proj((d, c.rope.dim), ("embed", "head_dim"), name="k_rope")("btd,dp->btp", x)
+            cos, sin = cos_sin(tokens.pos, c.rope.theta, c.rope.dim)
+            q_rope = rotate(q_rope, cos[:, :, None], sin[:, :, None])
+            k_rope = rotate(k_rope, cos, sin)
+        up = tuple(
+            weight(self, name, (c.kv_rank, c.heads, n), ("latent", "heads", "head_dim"),
+                   fan_in(c.kv_rank))
+            for name, n in (("w_uk", c.nope_dim), ("w_uv", c.v_dim))
+        )
+        since = jnp.maximum(tokens.pos - c.window + 1, 0) if c.window else jnp.zeros_like(tokens.pos)
+        q = Queries(q_nope, q_rope, tokens.pos, tokens.seg, since)
+        kv = Latents(latent, k_rope, tokens.pos, tokens.seg)
+        if memory is not None:
+            new = {"latent": latent} | ({} if k_rope is None else {"k_rope": k_rope})
+            memory = memory.write(place(memory.cache, tokens), **new)
+        p = attend_all(self.ops, q, kv, up, c.scale, memory)
+        out = Proj((c.heads, c.v_dim, d), ("heads", "head_dim", "embed"), 2, name="out")(
+            "bthv,hvd->btd", finish(p, x.dtype)
+        )
+        return out, memory, {"max_logit": p.max_logit.max((0, 1))}
+
+    def _queries(self, x):
+        """b t h n and b t h p (None without rotary part)."""
+        c = self.cfg
+        dims = c.nope_dim + (c.rope.dim if c.rope else 0)
+        name, width = "embed", x.shape[-1]
+        if c.q_rank:
+            x = Proj((width, c.q_rank), ("embed", "q_rank"), name="q_down")("btd,dq->btq", x)
+            x = RMSNorm(c.latent_eps, name="q_norm")(x)
+            name, width = "q_rank", c.q_rank
+        q = Proj((width, c.heads, dims), (name, "heads", "head_dim"), name="q")("btd,dhk->bthk", x)
+        return (q[..., : c.nope_dim], q[..., c.nope_dim :] if c.rope else None)
+
+
+def attend_all(
+    ops: Ops, q: Queries, kv: Latents, up, scale: float, memory: Memory | None
+) -> Partial:
+    """Exact attention to all of the past: the call alone (kv), or every store of its memory."""
+    if memory is None:
+        return ops.attend(q, kv, up, scale=scale)
+    cache = memory.cache
+    if cache.frozen is None:
+        return ops.attend(q, _stored(memory.state, memory.repeat, cache), up, scale=scale)
+    # The new store begins with copies of the frozen one's end: each slot counts once.
+    old = cache.frozen
+    slot = jnp.arange(old.pos.shape[1]) - old.lead + old.first[:, None]
+    old = old.replace(seg=jnp.where(slot < cache.first[:, None], old.seg, -1))
+    own = cache.replace(seg=cache.seg.at[:, : cache.lead].set(-1))
+    return merge(
+        ops.attend(q, _stored(memory.frozen, memory.repeat, old), up, scale=scale),
+        ops.attend(q, _stored(memory.state, memory.repeat, own), up, scale=scale),
+    )
+
+
+def _stored(state, repeat, cache) -> Latents:
+    k_rope = state["k_rope"][repeat] if "k_rope" in state else None
+    return Latents(state["latent"][repeat], k_rope, cache.pos, cache.seg)

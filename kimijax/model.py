@@ -1,0 +1,176 @@
+"""The decoder: embedding, scanned groups of layers, norm, head. A function of values alone."""
+
+from typing import NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from kimijax.cache import FAR, Cache, Memory, Tokens, Watch, place, rows_slice, run_length
+from kimijax.config import GroupConfig, ModelConfig
+from kimijax.layers.base import RMSNorm, fan_in, weight
+from kimijax.layers.layer import Layer
+from kimijax.ops.attend import Ops
+
+
+class Output(NamedTuple):
+    """hidden b t d in the order of the input; head(hidden) gives logits."""
+
+    hidden: jax.Array
+    cache: Cache | None
+    aux: tuple  # per group: {layer: {"mixer": ..., "ffn": ...}}, stacked over repeats
+
+
+class Model(nn.Module):
+    """`Model(cfg, ops).apply(params, token_ids, ...)`; see `Model.__call__`."""
+
+    cfg: ModelConfig
+    ops: Ops
+    dtype: jnp.dtype = jnp.float32
+
+    def setup(self):
+        c = self.cfg
+        self.embed = self.param(
+            "embed", nn.with_logical_partitioning(nn.initializers.normal(c.embed_std),
+                                                  ("vocab", "embed")),
+            (c.vocab, c.width), jnp.float32,
+        )
+        self.groups = [
+            nn.scan(
+                Group,
+                variable_axes={"params": 0},
+                split_rngs={"params": True},
+                in_axes=nn.broadcast,
+                length=g.repeat,
+                metadata_params={nn.PARTITION_NAME: "layers"},
+            )(g, c.norm_eps, self.ops, name=f"group_{i}")
+            for i, g in enumerate(c.groups)
+        ]
+        self.norm = RMSNorm(c.norm_eps)
+        self.unembed = self.param(
+            "head", nn.with_logical_partitioning(fan_in(c.width), ("embed", "vocab")),
+            (c.width, c.vocab), jnp.float32,
+        )
+
+    def __call__(
+        self,
+        ids: jax.Array,
+        pos: jax.Array | None = None,
+        seg: jax.Array | None = None,
+        slots: jax.Array | None = None,
+        cache: Cache | None = None,
+        *,
+        fresh: jax.Array | None = None,
+        watch: Watch | None = None,
+        aligned: bool | None = None,
+    ) -> Output:
+        """Read tokens b t, after those in the cache if there is one.
+
+        pos    b t  position in the document; None: the slot
+        seg    b t  document; -1: padding; None: one document
+        slots  b t  place in the row, any order, those of one call contiguous; None: array order
+               behind the cache. Documents of a packed row start at multiples of `run_length`.
+        fresh  b t  tokens that choose blocks for themselves
+        aligned     the call starts at a slot that is a multiple of `run_length` (as slot 0 is), so
+               that queries can be tiled; None: without a cache yes, with one no
+        """
+        b, t = ids.shape
+        count = jnp.zeros(b, jnp.int32) if cache is None else cache.count
+        if aligned is None:
+            aligned = cache is None
+        seg = jnp.zeros((b, t), jnp.int32) if seg is None else seg
+        order = None if slots is None else slots - count[:, None]
+        natural = count[:, None] + jnp.arange(t)
+        pos = jnp.broadcast_to(natural, (b, t)) if pos is None and slots is None else pos
+        pos = slots if pos is None else pos
+        given = (ids, pos, seg, fresh)
+        if order is not None:
+            given = _sorted(given, jnp.where(seg >= 0, order, t), t)
+            watch = watch and watch._replace(at=jnp.take_along_axis(order, watch.at, 1))
+        tokens, cache = _tokens(given[1:], cache, count, watch, aligned and
+                                t % run_length(self.cfg) == 0)
+        x, cache, aux = self._layers(self.embed.astype(self.dtype)[given[0]], tokens, cache)
+        x = self.norm(x)
+        if order is not None:
+            x = jnp.take_along_axis(x, jnp.clip(order, 0, t - 1)[..., None], 1)
+        return Output(x, cache, aux)
+
+    def head(self, hidden: jax.Array) -> jax.Array:
+        """Logits ... vocab, float32."""
+        return jnp.einsum(
+            "...d,dv->...v", hidden, self.unembed.astype(hidden.dtype),
+            preferred_element_type=jnp.float32,
+        )
+
+    def logits(self, *args, **kwargs) -> jax.Array:
+        """Logits b t vocab of `__call__` with the same arguments; also what init traces."""
+        return self.head(self(*args, **kwargs).hidden)
+
+    def _layers(self, x, tokens, cache):
+        bare = None if cache is None else cache.replace(
+            states=(), frozen=cache.frozen and cache.frozen.replace(states=())
+        )
+        states, reports = [], []
+        for i, group in enumerate(self.groups):
+            state = None if cache is None else cache.states[i]
+            frozen = cache.frozen.states[i] if cache is not None and cache.frozen else None
+            (x, _, state), report = group((x, jnp.int32(0), state), tokens, bare, frozen)
+            states.append(state)
+            reports.append(report)
+        if cache is not None:
+            cache = cache.replace(states=tuple(states), count=cache.count + tokens.used)
+        return x, cache, tuple(reports)
+
+
+class Group(nn.Module):
+    """The layers of one repeat. The stacked state is carried, each layer writes its slice."""
+
+    cfg: GroupConfig
+    eps: float
+    ops: Ops
+
+    @nn.compact
+    def __call__(self, carry, tokens, bare, frozen):
+        x, repeat, states = carry
+        reports, new = {}, []
+        for i, layer in enumerate(self.cfg.layers):
+            memory = None
+            if bare is not None:
+                memory = Memory(bare, states[i], frozen and frozen[i], repeat)
+            x, memory, report = Layer(layer, self.eps, self.ops, name=f"layer_{i}")(
+                x, tokens, memory
+            )
+            reports[f"layer_{i}"] = report
+            new.append(memory and memory.state)
+        return (x, repeat + 1, None if bare is None else tuple(new)), reports
+
+
+def _sorted(given, order, t):
+    """Arrays b t moved to slot order; what no token claims is padding."""
+    row = jnp.arange(order.shape[0])[:, None]
+    fills = (0, FAR, -1, False)
+    return tuple(
+        None if x is None else jnp.full_like(x, fill).at[row, order].set(x, mode="drop")
+        for x, fill in zip(given, fills, strict=True)
+    )
+
+
+def _tokens(given, cache, count, watch, aligned) -> tuple[Tokens, Cache | None]:
+    """Tokens of the call, and the cache with their positions and segments written."""
+    pos, seg, fresh = given
+    b, t = pos.shape
+    last = jnp.max(jnp.where(seg >= 0, jnp.arange(t) + 1, 0), 1)
+    none = jnp.zeros((b, 0), jnp.int32)
+    tokens = Tokens(pos, seg, none, none, count, last, fresh, watch, aligned)
+    if cache is None:
+        return tokens, None
+    start = count - cache.first
+    tokens = tokens.replace(
+        past_pos=rows_slice(cache.pos, start, cache.lead),
+        past_seg=rows_slice(cache.seg, start, cache.lead),
+    )
+    at, row = place(cache, tokens), jnp.arange(b)[:, None]
+    return tokens, cache.replace(
+        pos=cache.pos.at[row, at].set(pos, mode="drop"),
+        seg=cache.seg.at[row, at].set(seg, mode="drop"),
+    )

@@ -1,0 +1,93 @@
+"""The callables that a model is handed: attention in the form and implementation of a plan."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from kernels_pallas.attention import Keys, Queries, attention
+from kernels_pallas.indexer import top_blocks
+from kernels_pallas.partial import Partial
+from kernels_pallas.select import select
+
+
+class Latents(NamedTuple):
+    """What MLA caches and sends: one latent a token, one rotary key shared by all heads."""
+
+    latent: jax.Array  # b s r
+    k_rope: jax.Array | None  # b s p   rotated by its absolute position
+    pos: jax.Array  # b s
+    seg: jax.Array  # b s
+
+
+def attend(
+    q: Queries,
+    kv: Latents,
+    up: tuple[jax.Array, jax.Array],
+    *,
+    scale: float,
+    impl: str,
+    form: str | None = None,
+) -> Partial:
+    """MLA over latents: out b t h v. `up` is (w_uk r h n, w_uv r h v).
+
+    form "expanded" re-projects the latents to a key and a value per head; "absorbed" moves both
+    projections to the query and the output and attends to the latents as they lie. None picks
+    the one with fewer multiplications for these shapes. Same numbers up to rounding.
+    """
+    w_uk, w_uv = (w.astype(q.nope.dtype) for w in up)
+    if form is None:
+        form = _cheaper(q, kv, w_uk.shape, w_uv.shape[-1])
+    if form == "expanded":
+        key = jnp.einsum("bsr,rhn->bshn", kv.latent, w_uk)
+        value = jnp.einsum("bsr,rhv->bshv", kv.latent, w_uv)
+        return attention(q, Keys(key, value, kv.k_rope, kv.pos, kv.seg), scale=scale, impl=impl)
+    if form != "absorbed":
+        raise ValueError(f"attend: unknown {form=}, there are 'expanded' and 'absorbed'")
+    absorbed = q._replace(nope=absorb(q.nope, w_uk))
+    one = kv.latent[:, :, None]
+    p = attention(absorbed, Keys(one, one, kv.k_rope, kv.pos, kv.seg), scale=scale, impl=impl)
+    return p._replace(out=values(p.out, w_uv))
+
+
+def absorb(q: jax.Array, w_uk: jax.Array) -> jax.Array:
+    """Queries against latents: b t h n -> b t h r."""
+    return jnp.einsum("bthn,rhn->bthr", q, w_uk.astype(q.dtype))
+
+
+def values(out: jax.Array, w_uv: jax.Array) -> jax.Array:
+    """Weighted latents -> weighted values, float32: ... h r -> ... h v."""
+    return jnp.einsum("...hr,rhv->...hv", out, w_uv.astype(jnp.float32))
+
+
+def _cheaper(q: Queries, kv: Latents, uk_shape: tuple[int, ...], v: int) -> str:
+    t, s = q.nope.shape[1], kv.latent.shape[1]
+    r, _, n = uk_shape
+    expanded = s * r * (n + v) + t * s * (n + v)
+    absorbed = t * r * (n + v) + t * s * 2 * r
+    return "expanded" if expanded < absorbed else "absorbed"
+
+
+@dataclass(frozen=True)
+class Ops:
+    """The operations a model calls, bound to an implementation. Same signatures for any plan."""
+
+    attend: Callable[..., Partial]
+    attention: Callable[..., Partial]
+    select: Callable[..., Partial]
+    top_blocks: Callable[..., tuple[jax.Array, jax.Array]]
+    exact: bool = False  # compressed layers read all of the past instead of chosen blocks
+
+
+def local(impl: str = "xla", exact: bool = False) -> Ops:
+    """Operations on one device."""
+    return Ops(
+        attend=partial(attend, impl=impl),
+        attention=partial(attention, impl=impl),
+        select=partial(select, impl=impl),
+        top_blocks=partial(top_blocks, impl=impl),
+        exact=exact,
+    )

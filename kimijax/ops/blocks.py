@@ -1,0 +1,239 @@
+"""Blocks of the past: local regions, the stores that hold blocks, choosing and reading them.
+
+A block is (segment, position // block). Stores are disjoint: the frozen past, if there is one, and
+the rows of the call's own cache. A block's id counts through the stores in order.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from kernels_pallas.attention import Keys, Queries
+from kernels_pallas.partial import Partial, merge
+from kimijax.cache import FAR, Memory, Tokens, place, rows_slice
+from kimijax.config import CompressedConfig
+from kimijax.ops.attend import Latents, Ops
+from kimijax.ops.norm import rms
+from kimijax.ops.runs import tile, tile_with_halo
+
+
+class IndexWeights(NamedTuple):
+    """What makes index queries of hidden states, and summary keys of a block's latents."""
+
+    query: jax.Array  # d i
+    key: jax.Array  # g r i
+    gate: jax.Array  # r g
+    bias: jax.Array  # j g
+
+
+class Store(NamedTuple):
+    """Latents by block with their summary keys, stacked over layers."""
+
+    latent: jax.Array  # l b c j r
+    keys: jax.Array  # l b c g i
+    layer: jax.Array  # int32
+    block_pos: jax.Array  # b c   first position; int32 max: not complete
+    block_seg: jax.Array  # b c
+
+
+def local_start(pos: jax.Array, c: CompressedConfig) -> jax.Array:
+    """The first position of a query's local region: `window` tokens before its group.
+
+    Blocks are candidates when they end before it, so regions and choices are disjoint.
+    """
+    group = c.index.group
+    return jnp.maximum(pos // group * group - c.window, 0)
+
+
+def block_table(pos: jax.Array, seg: jax.Array, block: int) -> tuple[jax.Array, jax.Array]:
+    """First position (int32 max where not complete) and segment of each block; b s -> b s/block."""
+    pos, seg = (x.reshape(x.shape[0], -1, block) for x in (pos, seg))
+    first, last = pos[..., 0], pos[..., -1]
+    whole = (last - first == block - 1) & (first % block == 0)
+    whole &= (seg[..., 0] == seg[..., -1]) & (seg[..., 0] >= 0) & (last < FAR)
+    return jnp.where(whole, first, FAR), jnp.where(whole, seg[..., 0], -1)
+
+
+def index_query(x: jax.Array, w: IndexWeights) -> jax.Array:
+    """b m d -> b m i, of unit root mean square."""
+    return rms(jnp.einsum("bmd,di->bmi", x, w.query.astype(x.dtype)), 1e-6)
+
+
+def summary_keys(latent: jax.Array, w: IndexWeights) -> jax.Array:
+    """Blocks b c j r -> b c g i: latents pooled by g learned gates, projected, normed."""
+    gate = jnp.einsum("bcjr,rg->bcjg", latent, w.gate.astype(latent.dtype)) + w.bias
+    pooled = jnp.einsum("bcjg,bcjr->bcgr", jax.nn.softmax(gate, axis=2), latent)
+    return rms(jnp.einsum("bcgr,gri->bcgi", pooled, w.key.astype(latent.dtype)), 1e-6)
+
+
+def own_store(c: CompressedConfig, kv: Latents, w: IndexWeights) -> Store:
+    """The call's own tokens as a store: where there is no cache."""
+    pad = ((0, 0), (0, -kv.pos.shape[1] % c.index.block))
+    latent = jnp.pad(kv.latent, (*pad, (0, 0)))
+    latent = latent.reshape(latent.shape[0], -1, c.index.block, latent.shape[-1])
+    table = block_table(
+        jnp.pad(kv.pos, pad, constant_values=FAR), jnp.pad(kv.seg, pad, constant_values=-1),
+        c.index.block,
+    )
+    return Store(latent[None], summary_keys(latent, w)[None], jnp.int32(0), *table)
+
+
+def stores_of(
+    c: CompressedConfig, kv: Latents, w: IndexWeights, tokens: Tokens, memory: Memory
+) -> tuple[list[Store], Memory]:
+    """Write the call's latents and the blocks it touches; every store that may be read then."""
+    block, cache = c.index.block, memory.cache
+    memory = memory.write(place(cache, tokens), latent=kv.latent)
+    t, size = tokens.pos.shape[1], cache.pos.shape[1]
+    # Blocks that hold a slot of this call. A slice that would leave the store slides back whole
+    # blocks; those were complete before the call and are left as they are.
+    touched = t // block if tokens.aligned else t // block + 2
+    here = (tokens.count - cache.first + cache.lead) // block
+    start = jnp.minimum(here, size // block - touched)
+    latent = memory.window("latent", start * block, touched * block)
+    latent = latent.reshape(latent.shape[0], touched, block, -1)
+    pos, seg = (rows_slice(x, start * block, touched * block) for x in (cache.pos, cache.seg))
+    new_pos, new_seg = block_table(pos, seg, block)
+    at = start[:, None] + jnp.arange(touched)
+    at = jnp.where(at >= here[:, None], at, size)
+    memory = memory.write(
+        at, keys=summary_keys(latent, w), block_pos=new_pos, block_seg=new_seg
+    )
+    stores = [_store(memory.state, memory.repeat, block)]
+    if memory.frozen is not None:
+        stores.insert(0, _store(memory.frozen, memory.repeat, block))
+    return stores, memory
+
+
+def _store(state: dict, repeat: jax.Array, block: int) -> Store:
+    latent = state["latent"]
+    blocks = latent.reshape(*latent.shape[:2], -1, block, latent.shape[-1])
+    return Store(
+        blocks, state["keys"], repeat, state["block_pos"][repeat], state["block_seg"][repeat]
+    )
+
+
+def choose(
+    c: CompressedConfig,
+    ops: Ops,
+    x: jax.Array,
+    w: IndexWeights,
+    stores: list[Store],
+    tokens: Tokens,
+    memory: Memory | None,
+) -> tuple[jax.Array, Memory | None, jax.Array]:
+    """Block ids for the queries of a call: one choice per group, or b t k where tokens differ.
+
+    Returns (ids b m k, memory with the choice of the open group, first positions of the chosen).
+    """
+    group, t = c.index.group, tokens.pos.shape[1]
+
+    def search(at):
+        """Choices of the tokens at places b m of the call."""
+        cut = lambda a: jnp.take_along_axis(a, at, 1)  # noqa: E731
+        q = index_query(jnp.take_along_axis(x, at[..., None], 1), w)
+        return _search(c, ops, q, local_start(cut(tokens.pos), c), cut(tokens.seg), stores)
+
+    rows = tokens.pos.shape[0]
+    places = lambda a: jnp.broadcast_to(a, (rows, a.shape[-1]))  # noqa: E731
+    last = jnp.maximum(tokens.used - 1, 0)[:, None, None]
+    if tokens.aligned and tokens.fresh is None and t % group == 0:
+        ids = search(places(jnp.arange(0, t, group)))
+        last = last // group
+        open_choice = jnp.take_along_axis(ids, last, 1)[:, 0]
+    else:
+        # The group of a token began `behind` places earlier, perhaps in an earlier call.
+        behind = (tokens.count[:, None] + jnp.arange(t)) % group
+        leader = jnp.arange(t) - behind
+        if tokens.fresh is not None:
+            own = search(places(jnp.arange(t)))
+            ids = jnp.take_along_axis(own, jnp.maximum(leader, 0)[..., None], 1)
+        else:
+            first = (-tokens.count % group)[:, None]
+            leaders = jnp.minimum(first + jnp.arange(t // group + 1) * group, t - 1)
+            nth = jnp.maximum(leader - first, 0) // group
+            ids = jnp.take_along_axis(search(leaders), nth[..., None], 1)
+        held = jnp.full_like(ids[:, 0], -1) if memory is None else memory.get("choice")
+        ids = jnp.where((leader >= 0)[..., None], ids, held[:, None])
+        open_choice = jnp.take_along_axis(ids, last, 1)[:, 0]
+        if tokens.fresh is not None:
+            ids = jnp.where(tokens.fresh[..., None], own, ids)
+    if memory is not None:
+        memory = memory.put(choice=open_choice)
+    return ids, memory, _positions(ids, stores)
+
+
+def _search(c, ops, q, before, seg, stores) -> jax.Array:
+    """The best blocks over all stores, as ids that count through them."""
+    found, offset = [], 0
+    for s in stores:
+        scores, ids = ops.top_blocks(
+            q, s.keys, s.layer, s.block_pos, s.block_seg, before, seg, k=c.index.top_k
+        )
+        found.append((scores, jnp.where(ids >= 0, ids + offset, -1)))
+        offset += s.block_pos.shape[1]
+    if len(found) == 1:
+        return found[0][1]
+    scores, ids = (jnp.concatenate(x, -1) for x in zip(*found, strict=True))
+    _, at = jax.lax.top_k(scores, c.index.top_k)
+    return jnp.take_along_axis(ids, at, -1)
+
+
+def _within(ids: jax.Array, stores: list[Store]):
+    """Each store with the ids that lie in it, -1 elsewhere."""
+    offset = 0
+    for s in stores:
+        local, size = ids - offset, s.block_pos.shape[1]
+        yield s, jnp.where((local >= 0) & (local < size) & (ids >= 0), local, -1)
+        offset += size
+
+
+def _positions(ids: jax.Array, stores: list[Store]) -> jax.Array:
+    """First positions of chosen blocks, -1 for none."""
+    out = jnp.full_like(ids, -1)
+    for s, local in _within(ids, stores):
+        pos = jax.vmap(lambda p, i: p[i])(s.block_pos, jnp.maximum(local, 0))
+        out = jnp.where(local >= 0, pos, out)
+    return out
+
+
+def read_chosen(
+    c: CompressedConfig, ops: Ops, q: jax.Array, ids: jax.Array, stores: list[Store]
+) -> Partial:
+    """Absorbed queries b t h r against their chosen blocks in every store."""
+    b, t, h, r = q.shape
+    tiles = q.reshape(b, ids.shape[1], -1, h, r)
+    parts = [
+        ops.select(tiles, s.latent, s.layer, local, scale=c.scale)
+        for s, local in _within(ids, stores)
+    ]
+    p = parts[0] if len(parts) == 1 else merge(*parts)
+    return jax.tree.map(lambda a: a.reshape(b, t, *a.shape[3:]), p)
+
+
+def attend_local(
+    c: CompressedConfig,
+    ops: Ops,
+    q: jax.Array,
+    kv: Latents,
+    lead: Latents | None,
+    tokens: Tokens,
+) -> Partial:
+    """Absorbed queries b t h r against their local region; `lead` is what lies before the call."""
+    b, t = tokens.pos.shape
+    group = c.index.group
+    if lead is None:
+        lead = Latents(
+            jnp.zeros((b, c.window, c.kv_rank), q.dtype), None,
+            jnp.full((b, c.window), -1, jnp.int32), jnp.full((b, c.window), -1, jnp.int32),
+        )
+    queries = Queries(q, None, tokens.pos, tokens.seg, local_start(tokens.pos, c))
+    if tokens.aligned and t % group == 0:
+        queries = jax.tree.map(lambda a: tile(a, group), queries)
+        kv = jax.tree.map(lambda a, h: tile_with_halo(h, a, group, c.window), kv, lead)
+    else:
+        kv = jax.tree.map(lambda a, h: jnp.concatenate([h.astype(a.dtype), a], 1), kv, lead)
+    one = kv.latent[:, :, None]
+    p = ops.attention(queries, Keys(one, one, None, kv.pos, kv.seg), scale=c.scale)
+    return jax.tree.map(lambda a: a.reshape(b, t, *a.shape[2:]), p)

@@ -1,0 +1,11 @@
+"""Normalisation."""
+
+import jax
+import jax.numpy as jnp
+
+
+def rms(x: jax.Array, eps: float) -> jax.Array:
+    """x / rms(x) over the last axis, in the dtype of x."""
+    x32 = x.astype(jnp.float32)
+    scale = jax.lax.rsqrt(jnp.mean(jnp.square(x32), -1, keepdims=True) + eps)
+    return (x32 * scale).astype(x.dtype)
