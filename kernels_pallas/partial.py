@@ -61,7 +61,7 @@ def finish(partial: Partial, dtype: jnp.dtype) -> jax.Array:
 
 
 def from_logits(logits: jax.Array, seen: jax.Array, weigh) -> Partial:
-    """Softmax of float32 `logits` [..., s] where `seen`; `weigh(p)` contracts p [..., s] with values.
+    """Softmax of float32 logits ... s where `seen`; `weigh(p)` contracts p ... s with the values.
 
     Inside, the masked value is finite; at the boundary an empty row has lse -inf.
     """

@@ -27,7 +27,7 @@ class Watch(NamedTuple):
 
 @struct.dataclass
 class Tokens:
-    """What layers know of a call's tokens, besides their hidden states. Array order = slot order."""
+    """What layers know of the tokens of a call besides hidden states. Array order = slot order."""
 
     pos: jax.Array  # b t
     seg: jax.Array  # b t   -1: padding
@@ -37,7 +37,7 @@ class Tokens:
     used: jax.Array  # b     slots filled by it
     fresh: jax.Array | None = None  # b t   true: the token chooses blocks for itself
     watch: Watch | None = None
-    # The call starts and ends at a multiple of `run`: tiles of queries are slices of the array.
+    # The call starts and ends at a multiple of `run`: query tiles are slices of the array.
     aligned: bool = struct.field(pytree_node=False, default=True)
 
 
@@ -91,7 +91,9 @@ class Memory(NamedTuple):
         """Token rows b t ... into slots `at` b t of this layer; places outside are dropped."""
         row = jnp.arange(at.shape[0])[:, None]
         state = {
-            n: self.state[n].at[self.repeat, row, at].set(x.astype(self.state[n].dtype), mode="drop")
+            n: self.state[n]
+            .at[self.repeat, row, at]
+            .set(x.astype(self.state[n].dtype), mode="drop")
             for n, x in new.items()
         }
         return self._replace(state=self.state | state)
@@ -113,7 +115,7 @@ def _lead(layer: LayerConfig) -> int:
 
 
 def run_length(cfg: ModelConfig) -> int:
-    """Calls that start and end at multiples of this take the tiled path; documents start at them."""
+    """Calls that start and end at multiples of this are tiled; packed documents start at them."""
     run = 1
     for layer in cfg.layers:
         match layer.mixer:
@@ -220,7 +222,7 @@ def fork(cfg: ModelConfig, cache: Cache, room: int) -> Cache:
             for name, x in fresh.items()
             if name in ("latent", "k_rope")
         }
-        blocks = {name: x for name, x in fresh.items() if name in ("keys", "block_pos", "block_seg")}
+        blocks = {n: x for n, x in fresh.items() if n in ("keys", "block_pos", "block_seg")}
         return old | stored | blocks
 
     return new.replace(

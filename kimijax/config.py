@@ -76,7 +76,7 @@ class MLAConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class IndexConfig:
-    """Which blocks of the past are read: summary keys per block, one choice per group of queries."""
+    """Which blocks of the past are read: summary keys per block, a choice per group of queries."""
 
     dim: int = 32
     keys: int = 2  # summary keys of a block

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from kimijax.cache import FAR, Cache, Memory, Tokens, Watch, place, rows_slice, run_length
 from kimijax.config import GroupConfig, ModelConfig
-from kimijax.layers.base import RMSNorm, fan_in, weight
+from kimijax.layers.base import RMSNorm, fan_in
 from kimijax.layers.layer import Layer
 from kimijax.ops.attend import Ops
 

@@ -44,7 +44,7 @@ def attention(q: Queries, kv: Keys, *, scale: float, impl: str) -> Partial:
     """
     if impl not in IMPLS:
         raise ValueError(f"attention: unknown {impl=}, there are {sorted(IMPLS)}")
-    (b, t, h, n), (bk, s, g, nk) = q.nope.shape, kv.key.shape
+    (b, _, h, n), (bk, s, g, nk) = q.nope.shape, kv.key.shape
     if (b, n) != (bk, nk) or h % g or kv.value.shape[:3] != (b, s, g):
         raise ValueError(
             f"attention: queries b t h n {q.nope.shape} do not fit keys b s g n {kv.key.shape} "

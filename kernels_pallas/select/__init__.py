@@ -28,7 +28,8 @@ def select(
     """
     if impl not in IMPLS:
         raise ValueError(f"select: unknown {impl=}, there are {sorted(IMPLS)}")
-    if q.shape[:2] != ids.shape[:2] or q.shape[0] != blocks.shape[1] or q.shape[-1] != blocks.shape[-1]:
+    (b, m), (rows, r) = ids.shape[:2], (blocks.shape[1], blocks.shape[-1])
+    if q.shape[:2] != (b, m) or b != rows or q.shape[-1] != r:
         raise ValueError(
             f"select: queries b m t h r {q.shape}, blocks l b c j r {blocks.shape} and ids b m k "
             f"{ids.shape} must agree in b, m and r"

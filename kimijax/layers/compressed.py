@@ -6,7 +6,6 @@ on nothing later; a token marked fresh chooses for itself (questions and generat
 """
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 
 from kernels_pallas.attention import Queries

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 
 from kernels_pallas.attention import Queries
 from kernels_pallas.partial import Partial, finish, merge
-from kimijax.cache import Memory, Tokens, place
+from kimijax.cache import FAR, Memory, Tokens, place
 from kimijax.config import MLAConfig
 from kimijax.layers.base import Proj, RMSNorm, fan_in, weight
 from kimijax.ops.attend import Latents, Ops
@@ -34,7 +34,8 @@ class MLA(nn.Module):
                    fan_in(c.kv_rank))
             for name, n in (("w_uk", c.nope_dim), ("w_uv", c.v_dim))
         )
-        since = jnp.maximum(tokens.pos - c.window + 1, 0) if c.window else jnp.zeros_like(tokens.pos)
+        reach = c.window or FAR
+        since = jnp.maximum(tokens.pos - (reach - 1), 0)
         q = Queries(q_nope, q_rope, tokens.pos, tokens.seg, since)
         kv = Latents(latent, k_rope, tokens.pos, tokens.seg)
         if memory is not None:

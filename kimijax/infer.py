@@ -1,0 +1,147 @@
+"""Reading long documents and continuing them: chunked prefill into a cache, then decode.
+
+Three programs serve any length: `read` (one chunk of a document), `fork` and `extend` (a few
+tokens behind a document that is shared and never copied). Cache lengths are data, so nothing
+recompiles as the document grows.
+"""
+
+import functools
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from kimijax.cache import Cache, empty_cache, fork, run_length
+from kimijax.config import ModelConfig
+from kimijax.errors import UserError
+from kimijax.model import Model
+from kimijax.ops.attend import Ops
+from kimijax.ops.rope import MAX_POSITION
+
+CHUNK = 4096
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Progress of a prefill: tokens read so far and the seconds the last chunk took."""
+
+    done: int
+    tokens: int
+    seconds: float
+
+
+class Step:
+    """Compiled programs of one model. Params and caches go in and come out as values."""
+
+    def __init__(self, cfg: ModelConfig, ops: Ops, chunk: int = CHUNK):
+        run = run_length(cfg)
+        if chunk % run:
+            raise UserError(f"chunk {chunk} must be a multiple of {run}, the run of this model")
+        self.cfg, self.chunk = cfg, chunk
+        self.model = Model(cfg, ops)
+        self.read = jax.jit(self._read, donate_argnums=1)
+        self.extend = jax.jit(self._extend, donate_argnums=2)
+        self.fork = jax.jit(self._fork, static_argnums=1)
+        self.empty = jax.jit(functools.partial(empty_cache, cfg), static_argnums=(0, 1))
+
+    def _read(self, params, cache, ids, live):
+        """A chunk b t of a document; tokens from `live` on are padding."""
+        seg = jnp.where(jnp.arange(ids.shape[1]) < live, 0, -1)
+        seg = jnp.broadcast_to(seg, ids.shape)
+        return self.model.apply(params, ids.astype(jnp.int32), None, seg, cache=cache,
+                                aligned=True).cache
+
+    def _extend(self, params, frozen, cache, ids, live):
+        """Fresh tokens behind a frozen document: (next token b, cache, chosen blocks of the last).
+
+        The choice is b k first positions per compressed layer, stacked; -1 is none.
+        """
+        t = ids.shape[1]
+        fresh = jnp.ones(ids.shape, bool)
+        seg = jnp.broadcast_to(jnp.where(jnp.arange(t) < live, 0, -1), ids.shape)
+        cache = cache.replace(frozen=frozen)
+        out = self.model.apply(params, ids, None, seg, cache=cache, fresh=fresh)
+        last = jax.lax.dynamic_index_in_dim(out.hidden, live - 1, 1, keepdims=False)
+        logits = self.model.apply(params, last, method="head")
+        chosen = [
+            jax.lax.dynamic_index_in_dim(layer["mixer"]["chosen"], live - 1, 2, keepdims=False)
+            for group in out.aux for layer in group.values() if "chosen" in layer["mixer"]
+        ]
+        chosen = jnp.concatenate(chosen) if chosen else jnp.zeros((0, ids.shape[0], 0), jnp.int32)
+        return logits.argmax(-1).astype(jnp.int32), out.cache.replace(frozen=None), chosen
+
+    def _fork(self, cache, room):
+        return fork(self.cfg, cache, room).replace(frozen=None)
+
+
+def check_tokens(cfg: ModelConfig, tokens: np.ndarray) -> None:
+    """UserError for tokens that the model cannot read."""
+    if len(tokens) == 0:
+        raise UserError("there are no tokens to read")
+    if len(tokens) > MAX_POSITION:
+        raise UserError(f"{len(tokens)} tokens exceed the {MAX_POSITION} positions of this build")
+    if int(tokens.max()) >= cfg.vocab:
+        at = int(tokens.argmax())
+        raise UserError(
+            f"token {int(tokens[at])} at position {at} is outside the vocabulary of {cfg.vocab}"
+        )
+
+
+def prefill(
+    step: Step,
+    params,
+    cache: Cache,
+    tokens: np.ndarray,
+    on_chunk: Callable[[Chunk], None] = lambda chunk: None,
+) -> Cache:
+    """Read `tokens` (n) into an empty one-row cache, which is consumed: its memory is reused."""
+    check_tokens(step.cfg, tokens)
+    if len(tokens) > cache.capacity:
+        raise UserError(f"{len(tokens)} tokens do not fit a cache of {cache.capacity} slots")
+    for start in range(0, len(tokens), step.chunk):
+        piece = tokens[start : start + step.chunk]
+        ids = np.zeros((1, step.chunk), tokens.dtype)
+        ids[0, : len(piece)] = piece
+        began = time.perf_counter()
+        cache = step.read(params, cache, ids, np.int32(len(piece)))
+        jax.block_until_ready(cache.count)
+        on_chunk(Chunk(start + len(piece), len(piece), time.perf_counter() - began))
+    return cache
+
+
+def generate(
+    step: Step,
+    params,
+    frozen: Cache,
+    prompt: np.ndarray,
+    new: int,
+    width: int,
+    on_step: Callable[[float], None] = lambda seconds: None,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Greedy continuation of `prompt` (n <= width) behind a document: (new tokens, choices).
+
+    Returns int32 [new] and the first positions of the blocks chosen for each, [new, layers, k].
+    `width` is the padded length of a prompt, so that prompts share a program. `on_step` gets the
+    seconds of every single-token step.
+    """
+    if len(prompt) > width:
+        raise UserError(f"a prompt of {len(prompt)} tokens exceeds the width {width}")
+    check_tokens(step.cfg, prompt)
+    ids = np.zeros((1, width), np.int32)
+    ids[0, : len(prompt)] = prompt
+    cache = step.fork(frozen, width + new)
+    out, choices = [], []
+    live, seconds = np.int32(len(prompt)), None
+    for _ in range(new):
+        began = time.perf_counter()
+        token, cache, chosen = step.extend(params, frozen, cache, ids, live)
+        out.append(int(token[0]))
+        if seconds is not None:
+            on_step(time.perf_counter() - began)
+        seconds = began
+        choices.append(np.asarray(chosen[:, 0]))
+        ids, live = np.array([[out[-1]]], np.int32), np.int32(1)
+    return np.array(out, np.int32), np.stack(choices)

@@ -1,0 +1,128 @@
+"""What a computation needs and what the machine gives: FLOPs, peak, memory, compile time."""
+
+import resource
+import sys
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from kimijax.config import (
+    CompressedConfig,
+    LayerConfig,
+    MLAConfig,
+    ModelConfig,
+    MoEConfig,
+    SwiGLUConfig,
+    WindowConfig,
+)
+
+
+def prefill_flops(cfg: ModelConfig, n: int, exact: bool = False) -> dict[str, float]:
+    """FLOPs that reading n tokens from empty needs, by part; matrix products only.
+
+    A multiplication and an addition count two. A query counts the keys it sees, the index the
+    summary keys of the past, a selection the keys of its chosen blocks. What is masked, padded
+    or recomputed counts nothing, nor do norms, softmax, convolutions, embedding and head.
+    """
+    total = {"linear": 0.0, "window": 0.0, "attention": 0.0, "index": 0.0, "ffn": 0.0}
+    for layer in cfg.layers:
+        for part, macs in _layer_macs(cfg, layer, n, exact).items():
+            total[part] += 2.0 * macs
+    return total
+
+
+def _layer_macs(cfg: ModelConfig, layer: LayerConfig, n: int, exact: bool) -> dict[str, float]:
+    d = cfg.width
+    match layer.ffn:
+        case SwiGLUConfig(width=f):
+            macs = {"ffn": n * 3 * d * f}
+        case MoEConfig() as m:
+            macs = {"ffn": n * d * (3 * m.top_k * m.width + 3 * m.shared_width + m.experts)}
+    match layer.mixer:
+        case WindowConfig() as w:
+            macs["linear"] = n * d * w.head_dim * 2 * (w.heads + w.kv_heads)
+            macs["window"] = _window_pairs(n, w.window) * w.heads * 2 * w.head_dim
+        case MLAConfig() as a:
+            macs["linear"], macs["attention"] = _mla_macs(d, a, n)
+        case CompressedConfig() as c:
+            macs |= _compressed_macs(d, c, n, exact)
+    return macs
+
+
+def _window_pairs(n: int, w: int) -> float:
+    """Pairs of a query and one of the last w keys, itself included."""
+    short = min(n, w)
+    return short * (short + 1) / 2 + (n - short) * w
+
+
+def _mla_macs(d: int, a: MLAConfig, n: int) -> tuple[float, float]:
+    rope = a.rope.dim if a.rope else 0
+    query = d * a.q_rank + a.q_rank * a.heads * (a.nope_dim + rope) if a.q_rank else (
+        d * a.heads * (a.nope_dim + rope)
+    )
+    latent = d * (a.kv_rank + rope) + a.kv_rank * a.heads * (a.nope_dim + a.v_dim)
+    pairs = _window_pairs(n, a.window) if a.window else n * (n + 1) / 2
+    linear = n * (query + latent + a.heads * a.v_dim * d)
+    return linear, pairs * a.heads * (a.nope_dim + rope + a.v_dim)
+
+
+def _compressed_macs(d: int, c: CompressedConfig, n: int, exact: bool) -> dict[str, float]:
+    i, per_pair = c.index, c.heads * 2 * c.kv_rank
+    absorb = c.heads * c.kv_rank * (c.nope_dim + c.v_dim)
+    linear = n * (d * c.heads * (c.nope_dim + c.v_dim) + c.taps * d * c.kv_rank + absorb)
+    if exact:
+        return {"linear": linear, "attention": n * (n + 1) / 2 * per_pair}
+    starts = np.arange(0, n, i.group, dtype=np.int64)  # groups of queries, one choice each
+    sizes = np.minimum(i.group, n - starts).astype(np.float64)
+    local = np.maximum(starts - c.window, 0)
+    blocks = local // i.block  # candidates of the group's choice
+    near = (starts - local) * sizes + sizes * (sizes + 1) / 2
+    chosen = np.minimum(blocks, i.top_k) * i.block * sizes
+    whole = n // i.block
+    summary = whole * i.keys * (2 * i.block * c.kv_rank + c.kv_rank * i.dim)
+    query = len(starts) * d * i.dim
+    return {
+        "linear": linear,
+        "window": float(near.sum()) * per_pair,
+        "attention": float(chosen.sum()) * per_pair,
+        "index": float(blocks.sum()) * i.keys * i.dim + summary + query,
+    }
+
+
+def matmul_peak(size: int = 2048, repeats: int = 10) -> float:
+    """FLOP/s of the best of `repeats` float32 products of two size x size matrices under jit."""
+    a = jnp.asarray(np.random.default_rng(0).normal(size=(size, size)), jnp.float32)
+    f = jax.jit(jnp.matmul)
+    jax.block_until_ready(f(a, a))
+    best = np.inf
+    for _ in range(repeats):
+        start = time.perf_counter()
+        jax.block_until_ready(f(a, a))
+        best = min(best, time.perf_counter() - start)
+    return 2 * size**3 / best
+
+
+def peak_rss_gib() -> float:
+    """The largest resident set this process has had, GiB."""
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
+
+
+class CompileClock:
+    """Seconds that JAX spent tracing, lowering and compiling since the clock was made."""
+
+    EVENTS = (
+        "/jax/core/compile/jaxpr_trace_duration",
+        "/jax/core/compile/jaxpr_to_mlir_module_duration",
+        "/jax/core/compile/backend_compile_duration",
+    )
+
+    def __init__(self):
+        self.seconds = 0.0
+        jax.monitoring.register_event_duration_secs_listener(self._add)
+
+    def _add(self, event: str, seconds: float, **_) -> None:
+        if event in self.EVENTS:
+            self.seconds += seconds

@@ -1,0 +1,165 @@
+"""One visible training loop around a pure, donated step."""
+
+import json
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from tqdm import tqdm
+
+from kimijax.checkpoint import restore_latest, save_state
+from kimijax.model import Model
+
+SAVE_SECONDS = 60.0
+
+
+class TrainState(NamedTuple):
+    """All that a run is: saved whole, restored whole."""
+
+    step: jax.Array  # int32, steps done
+    params: Any
+    opt_state: Any
+
+
+class Interrupted(Exception):
+    """SIGINT or SIGTERM came; the state is saved and the same command goes on from it."""
+
+
+def abstract_params(model: Model):
+    """Shapes, dtypes and dim names of the parameters; nothing is allocated."""
+    ids = jax.ShapeDtypeStruct((1, 1), jnp.int32)
+    init = lambda key, ids: model.init(key, ids, method="logits")  # noqa: E731
+    return jax.eval_shape(init, jax.random.key(0), ids)
+
+
+def init_state(model: Model, optimizer: optax.GradientTransformation, seed: int) -> TrainState:
+    """A fresh state; a function of the seed alone."""
+
+    @jax.jit
+    def build(key):
+        params = nn.unbox(model.init(key, jnp.zeros((1, 1), jnp.int32), method="logits"))
+        return TrainState(jnp.int32(0), params, optimizer.init(params))
+
+    return build(jax.random.key(seed))
+
+
+def make_step(loss: Callable, optimizer: optax.GradientTransformation, balance_rate: float):
+    """jit(state, batch) -> (state, metrics). `loss(params, batch)` gives (scalar, (metrics, aux)).
+
+    aux is the model's report; routers move their correction bias by the load it holds.
+    """
+
+    def step(state: TrainState, batch):
+        gradient = jax.grad(loss, has_aux=True)
+        grads, (metrics, aux) = gradient(state.params, batch)
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        params = balance(optax.apply_updates(state.params, updates), aux, balance_rate)
+        metrics |= {"grad_norm": optax.global_norm(grads)}
+        return TrainState(state.step + 1, params, opt_state), metrics
+
+    return jax.jit(step, donate_argnums=0)
+
+
+def balance(params, aux: tuple, rate: float):
+    """Correction biases moved against the load.
+
+    b += rate (sign(e) - mean sign(e)), e = mean load - load.
+
+    Auxiliary-loss-free balancing as Moonlight trains it (arXiv:2502.16982).
+    """
+    new = dict(params["params"])
+    for i, group in enumerate(aux):
+        for name, report in group.items():
+            if "load" not in report["ffn"]:
+                continue
+            load = report["ffn"]["load"]
+            sign = jnp.sign(load.mean(-1, keepdims=True) - load)
+            at = (f"group_{i}", name, "ffn", "bias")
+            new = _updated(new, at, rate * (sign - sign.mean(-1, keepdims=True)))
+    return {**params, "params": new}
+
+
+def _updated(tree: dict, path: tuple[str, ...], change: jax.Array) -> dict:
+    head, *rest = path
+    value = _updated(tree[head], tuple(rest), change) if rest else tree[head] + change
+    return {**tree, head: value}
+
+
+def fit(
+    state: TrainState,
+    step: Callable,
+    batch_of: Callable[[int], Any],
+    steps: int,
+    out: Path,
+    tokens_of: Callable[[int], int],
+) -> TrainState:
+    """Train to `steps`, resuming from `out` if it holds a state of this run.
+
+    Every step adds a line to metrics.jsonl. The state is saved each minute, at the end and on
+    SIGINT or SIGTERM, which then raise Interrupted.
+    """
+    if (found := restore_latest(out / "state", state)) is not None:
+        state = found[1]
+    first = int(state.step)
+    log = _log_until(out / "metrics.jsonl", first)
+    stop, saved = _Stop(), time.monotonic()
+    done = sum(tokens_of(i) for i in range(first))
+    total = done + sum(tokens_of(i) for i in range(first, steps))
+    with log, stop, tqdm(total=total, initial=done, unit="tok", unit_scale=True) as bar:
+        for i in range(first, steps):
+            began = time.perf_counter()
+            state, metrics = step(state, batch_of(i))
+            metrics = {k: np.asarray(v).tolist() for k, v in jax.device_get(metrics).items()}
+            _write_line(log, {"step": i + 1, "seconds": time.perf_counter() - began} | metrics)
+            bar.update(tokens_of(i))
+            bar.set_postfix({k: f"{v:.3f}" for k, v in metrics.items() if np.ndim(v) == 0})
+            if stop.asked or time.monotonic() - saved > SAVE_SECONDS:
+                save_state(out / "state", i + 1, state)
+                saved = time.monotonic()
+            if stop.asked:
+                raise Interrupted(f"stopped after step {i + 1} of {steps}, state saved in {out}")
+    save_state(out / "state", steps, state)
+    return state
+
+
+class _Stop:
+    """While entered, SIGINT and SIGTERM only ask for a stop at the end of the step."""
+
+    def __init__(self):
+        self.asked = False
+
+    def __enter__(self):
+        ask = lambda *_: setattr(self, "asked", True)  # noqa: E731
+        self._old = {s: signal.signal(s, ask) for s in (signal.SIGINT, signal.SIGTERM)}
+
+    def __exit__(self, *_):
+        for s, handler in self._old.items():
+            signal.signal(s, handler)
+
+
+def _log_until(path: Path, step: int):
+    """The log opened for appending, without the lines of steps after `step`."""
+    lines = []
+    if path.exists():
+        for line in path.read_text().splitlines():
+            try:
+                entry = json.loads(line)
+            except json.JSONDecodeError:
+                break  # a line cut short by a crash; its step is done again
+            if entry["step"] > step:
+                break
+            lines.append(line)
+    path.write_text("".join(line + "\n" for line in lines))
+    return path.open("a")
+
+
+def _write_line(log, entry: dict) -> None:
+    log.write(json.dumps(entry) + "\n")
+    log.flush()
