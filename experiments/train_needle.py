@@ -14,7 +14,8 @@ import argparse
 from kimijax.cli import run_module
 
 BALANCE_RATE = 3e-3
-PEAK_LR, WARMUP, FINAL = 0.02, 20, 0.05
+PEAK_LR, WARMUP, FINAL = 0.02, 20, 0.1
+TWINS = 0.7  # share of rows whose words come in pairs that differ in one letter
 INDEX_LOSS = 1.0
 
 
@@ -23,8 +24,8 @@ def phases():
     from kimijax.data.needles import NeedleTask
 
     return (
-        (100, NeedleTask(length=512, rows=32, needles=5, questions=3)),
-        (40, NeedleTask(length=2048, rows=8, needles=24, questions=12)),
+        (140, NeedleTask(length=512, rows=32, needles=5, questions=3, twins=TWINS)),
+        (60, NeedleTask(length=2048, rows=8, needles=24, questions=12, twins=TWINS)),
     )
 
 

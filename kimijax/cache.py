@@ -45,18 +45,19 @@ class Tokens:
 class Cache:
     """Slots of b rows and the state of every layer. `capacity` slots can be filled."""
 
-    pos: jax.Array  # b lead+capacity
-    seg: jax.Array  # b lead+capacity
+    pos: jax.Array  # b lead+capacity+run
+    seg: jax.Array  # b lead+capacity+run
     count: jax.Array  # b   slots filled, those of the frozen past included
     first: jax.Array  # b   the slot stored right behind the lead
     states: tuple[tuple[dict[str, jax.Array], ...], ...]  # per group and layer, stacked by repeat
     frozen: "Cache | None" = None
     lead: int = struct.field(pytree_node=False, default=0)
+    run: int = struct.field(pytree_node=False, default=0)
 
     @property
     def capacity(self) -> int:
-        """Slots of a row, without the lead."""
-        return self.pos.shape[1] - self.lead
+        """Slots of a row that can be filled."""
+        return self.pos.shape[1] - self.lead - self.run
 
 
 class Memory(NamedTuple):
@@ -141,7 +142,7 @@ def empty_cache(
     run = run_length(cfg)
     capacity = -(-capacity // run) * run
     lead = -(-lead_slots(cfg) // run) * run
-    size = lead + capacity
+    size = lead + capacity + run  # the last run is never filled: `fork` copies a whole one
     return Cache(
         pos=jnp.full((rows, size), FAR, jnp.int32),
         seg=jnp.full((rows, size), -1, jnp.int32),
@@ -152,6 +153,7 @@ def empty_cache(
             for g in cfg.groups
         ),
         lead=lead,
+        run=run,
     )
 
 
@@ -205,7 +207,7 @@ def fork(cfg: ModelConfig, cache: Cache, room: int) -> Cache:
     if cache.frozen is not None:
         raise ValueError("fork: the cache already stands on a frozen one; fork that one instead")
     run, lead = run_length(cfg), cache.lead
-    new = empty_cache(cfg, cache.pos.shape[0], room + run)
+    new = empty_cache(cfg, cache.pos.shape[0], room)
     first = cache.count // run * run
     # The lead of the new store and the open run behind it are copies of the frozen store's end.
     # Blocks that are complete by now stay with the frozen store, later ones will be in the new.

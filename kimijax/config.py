@@ -154,6 +154,10 @@ class LayerConfig:
     ffn: SwiGLUConfig | MoEConfig
     conv: int = 0  # taps of a residual depthwise causal convolution before the mixer; 0: none
 
+    def __post_init__(self):
+        if not 0 <= self.conv <= 64:
+            raise UserError(f"LayerConfig.conv must be between 0 and 64 taps, got {self.conv!r}")
+
 
 @dataclass(frozen=True, kw_only=True)
 class GroupConfig:
@@ -188,26 +192,48 @@ class ModelConfig:
 def override(cfg, changes: dict[str, object]):
     """`override(cfg, {"groups.0.repeat": 4})`: a copy with nested fields replaced.
 
-    A path names fields and, in tuples, indices. Unknown names raise UserError with the nearest.
+    A path names fields and, in tuples, indices. All changes of a dataclass are made at once, so
+    its checks see the result alone. Unknown names raise UserError with the nearest.
     """
+    tree: dict = {}
     for path, value in changes.items():
-        cfg = _replace(cfg, path.split("."), value, path)
-    return cfg
+        *parents, last = path.split(".")
+        node = tree
+        for step in parents:
+            node = node.setdefault(step, _Branch())
+            if not isinstance(node, _Branch):
+                raise UserError(f"{path!r} and a path above it are both given")
+        if isinstance(node.get(last), _Branch):
+            raise UserError(f"{path!r} and a path below it are both given")
+        node[last] = value
+    return _replace(cfg, tree, "")
 
 
-def _replace(node, steps: list[str], value, path: str):
-    if not steps:
-        return value
-    head, rest = steps[0], steps[1:]
+class _Branch(dict):
+    """Changes below a field; a plain dict would be a value."""
+
+
+def _replace(node, changes: dict, where: str):
     if isinstance(node, tuple):
-        if not head.isdigit() or int(head) >= len(node):
-            raise UserError(f"{path!r}: {head!r} is no index below {len(node)}")
-        at = int(head)
-        return (*node[:at], _replace(node[at], rest, value, path), *node[at + 1 :])
+        for step in changes:
+            if not step.isdigit() or int(step) >= len(node):
+                raise UserError(f"{where}{step!r} is no index below {len(node)}")
+        return tuple(_changed(x, str(i), changes, where) for i, x in enumerate(node))
     names = [f.name for f in fields(node)] if is_dataclass(node) else []
-    if head not in names:
-        raise UserError(f"{path!r}: {_unknown(head, type(node).__name__, names)}")
-    return dataclasses.replace(node, **{head: _replace(getattr(node, head), rest, value, path)})
+    for name in changes:
+        if name not in names:
+            raise UserError(f"{where}{name}: {_unknown(name, type(node).__name__, names)}")
+    return dataclasses.replace(
+        node, **{n: _changed(getattr(node, n), n, changes, where) for n in changes}
+    )
+
+
+def _changed(old, name: str, changes: dict, where: str):
+    """The value of a field or item after the changes, itself where it has none."""
+    if name not in changes:
+        return old
+    new = changes[name]
+    return _replace(old, new, f"{where}{name}.") if isinstance(new, _Branch) else new
 
 
 def _unknown(name: str, owner: str, names: list[str]) -> str:
@@ -247,8 +273,8 @@ def from_dict(data: object, kind: type = ModelConfig, where: str = "config"):
 
 
 def _build(data: object, known: dict[str, type], where: str):
-    if not isinstance(data, dict) or data.get("type") not in known:
-        got = data.get("type") if isinstance(data, dict) else data
+    got = data.get("type") if isinstance(data, dict) else data
+    if not isinstance(got, str) or got not in known:
         raise UserError(f"{where}.type must be one of {sorted(known)}, got {got!r}")
     cls = known[data["type"]]
     names = {f.name: f for f in fields(cls)}

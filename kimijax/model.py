@@ -164,13 +164,15 @@ def _tokens(given, cache, count, watch, aligned) -> tuple[Tokens, Cache | None]:
     tokens = Tokens(pos, seg, none, none, count, last, fresh, watch, aligned)
     if cache is None:
         return tokens, None
+    at, row = place(cache, tokens), jnp.arange(b)[:, None]
+    cache = cache.replace(
+        pos=cache.pos.at[row, at].set(pos, mode="drop"),
+        seg=cache.seg.at[row, at].set(seg, mode="drop"),
+    )
+    # Read after the write: reading the old arrays beside the new would keep both alive.
     start = count - cache.first
     tokens = tokens.replace(
         past_pos=rows_slice(cache.pos, start, cache.lead),
         past_seg=rows_slice(cache.seg, start, cache.lead),
     )
-    at, row = place(cache, tokens), jnp.arange(b)[:, None]
-    return tokens, cache.replace(
-        pos=cache.pos.at[row, at].set(pos, mode="drop"),
-        seg=cache.seg.at[row, at].set(seg, mode="drop"),
-    )
+    return tokens, cache

@@ -116,6 +116,13 @@ def test_parameters_of_another_config_are_not_saved(tmp_path, params):
     assert not list(tmp_path.iterdir())
 
 
+def test_a_model_that_diverged_does_not_replace_a_good_one(saved, params):
+    broken = params | {"head": np.full_like(params["head"], np.nan)}
+    with pytest.raises(UserError, match="head holds 512 of 512 numbers that are not finite"):
+        save_model(saved, CFG, broken)
+    assert_same(load_model(saved)[1]["params"], params)
+
+
 @pytest.mark.parametrize("stop_at", [WEIGHTS, CONFIG])
 def test_a_save_that_fails_leaves_the_old_model(saved, params, monkeypatch, stop_at):
     before = {path.name: path.read_bytes() for path in saved.iterdir()}
@@ -212,8 +219,8 @@ def test_weights_of_another_project_are_refused(saved):
         (lambda t: t.update(extra=t["head"]), "has 'extra', which nothing takes"),
         (lambda t: t.update(embed=t["embed"][:, :-1].copy()), "(16, 31), not float32 (16, 32)"),
         (lambda t: t.update(embed=t["embed"].astype(np.float16)), "embed as F16 (16, 32), not"),
-        (lambda t: t["embed"].put(5, np.nan), "embed holds 1 of 512 not finite"),
-        (lambda t: t["head"].put([1, 2], -np.inf), "head holds 2 of 512 not finite"),
+        (lambda t: t["embed"].put(5, np.nan), "embed holds 1 of 512 numbers that are"),
+        (lambda t: t["head"].put([1, 2], -np.inf), "head holds 2 of 512 numbers that are"),
     ],
 )
 def test_weights_that_do_not_fit_are_explained(saved, change, why):

@@ -36,6 +36,8 @@ def save_model(directory: str | os.PathLike, cfg: ModelConfig, params: dict) -> 
         raise ValueError(f"these are not the parameters of this config: the tree {wrong}")
     # The library writes memory as it lies, so strided arrays have to be laid out first.
     tensors = {name: np.array(x, np.float32, order="C") for name, x in flat.items()}
+    for name, tensor in tensors.items():
+        _check_finite(directory, name, tensor)  # before it replaces a good one
     config = json.dumps(to_dict(cfg), indent=1, sort_keys=True, allow_nan=False)
     names = (WEIGHTS, CONFIG)
     temporary = [directory / f"{name}.tmp" for name in names]
@@ -103,8 +105,7 @@ def _read_weights(path: Path, cfg: ModelConfig, config: dict) -> dict[str, jax.A
             _check_pair(path, file.metadata(), config)
             for name in wanted:
                 tensor = file.get_tensor(name).astype(np.float32)  # a copy: the file may go
-                if bad := tensor.size - np.isfinite(tensor).sum():
-                    raise UserError(f"{path}: {name} holds {bad} of {tensor.size} not finite")
+                _check_finite(path, name, tensor)
                 # Not jnp.asarray, which compiles a program for every shape.
                 tensors[name] = jax.device_put(tensor)
     except (OSError, SafetensorError) as error:
@@ -134,6 +135,11 @@ def _refuse_vast(cfg: ModelConfig, shapes: Iterable[tuple[int, ...]]) -> None:
         for name, count in counts:
             if count > largest:
                 raise UserError(f"{name} {count}, but the weights have no dim above {largest}")
+
+
+def _check_finite(path: Path, name: str, tensor: np.ndarray) -> None:
+    if bad := tensor.size - np.isfinite(tensor).sum():
+        raise UserError(f"{path}: {name} holds {bad} of {tensor.size} numbers that are not finite")
 
 
 def _check_pair(path: Path, metadata: dict[str, str] | None, config: dict) -> None:

@@ -52,7 +52,9 @@ def save_state(directory: str | os.PathLike, step: int, state: object, keep: int
         shutil.rmtree(path, ignore_errors=True)
 
 
-def restore_latest(directory: str | os.PathLike, abstract_state: object) -> tuple | None:
+def restore_latest(
+    directory: str | os.PathLike, abstract_state: object
+) -> tuple[int, object] | None:
     """(step, state) of the newest checkpoint that is whole; None if there is none at all.
 
     abstract_state  the state or its description: ShapeDtypeStructs (with the sharding wanted),

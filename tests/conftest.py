@@ -1,0 +1,120 @@
+"""Shared fixtures: small models that still select, and one tolerance per dtype."""
+
+import dataclasses
+import functools
+import os
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from kimijax import presets
+from kimijax.config import (
+    GroupConfig,
+    LayerConfig,
+    MLAConfig,
+    ModelConfig,
+    MoEConfig,
+    RopeConfig,
+    SwiGLUConfig,
+    override,
+)
+from kimijax.model import Model
+from kimijax.ops.attend import local
+
+# Largest difference over largest value, per dtype. Set once, never loosened.
+TOLERANCE = {jnp.dtype(jnp.float32): 2e-5, jnp.dtype(jnp.bfloat16): 2e-2}
+
+
+def assert_close(got, want, dtype=jnp.float32):
+    """Trees equal within the tolerance of a dtype, relative to the largest wanted value."""
+    got, want = (jax.tree.leaves(jax.tree.map(np.asarray, x)) for x in (got, want))
+    assert len(got) == len(want)
+    for g, w in zip(got, want, strict=True):
+        assert g.shape == w.shape
+        g, w = (x.astype(np.float64) for x in (g, w))
+        assert (np.isneginf(g) == np.isneginf(w)).all()
+        finite = np.isfinite(w)
+        assert np.isfinite(g[finite]).all()
+        scale = max(1e-3, np.abs(w[finite]).max(initial=0.0))
+        worst = np.abs(g[finite] - w[finite]).max(initial=0.0) / scale
+        assert worst <= TOLERANCE[jnp.dtype(dtype)], f"off by {worst:.2e} of the largest value"
+
+
+@pytest.fixture
+def rng():
+    return np.random.default_rng(0)
+
+
+def small_needle() -> ModelConfig:
+    """The needle model's layers at width 32; 3 of up to 8 blocks are chosen in 256 tokens."""
+    return override(
+        presets.needle_2m(),
+        {
+            "width": 32,
+            "groups.0.layers.0.mixer.heads": 2,
+            "groups.0.layers.0.mixer.head_dim": 16,
+            "groups.0.layers.0.mixer.rope.dim": 16,
+            "groups.0.layers.0.ffn.width": 32,
+            "groups.1.layers.0.mixer.kv_rank": 16,
+            "groups.1.layers.0.mixer.nope_dim": 8,
+            "groups.1.layers.0.mixer.v_dim": 8,
+            "groups.1.layers.0.mixer.index.dim": 8,
+            "groups.1.layers.0.mixer.index.top_k": 2,
+            "groups.1.layers.0.ffn.width": 16,
+            "groups.1.layers.0.ffn.shared_width": 16,
+        },
+    )
+
+
+def small_mla() -> ModelConfig:
+    """Two MLA layers: with q-LoRA and rope, and NoPE with a direct query; MoE in the second."""
+    mla = MLAConfig(
+        heads=4, q_rank=16, kv_rank=16, nope_dim=8, v_dim=8, rope=RopeConfig(theta=1e4, dim=8)
+    )
+    nope = dataclasses.replace(mla, q_rank=None, rope=None)
+    moe = MoEConfig(experts=4, top_k=2, width=16, shared_width=16)
+    return ModelConfig(
+        vocab=64,
+        width=32,
+        groups=(
+            GroupConfig(layers=(LayerConfig(mixer=mla, ffn=SwiGLUConfig(width=32)),), repeat=2),
+            GroupConfig(layers=(LayerConfig(mixer=nope, ffn=moe),)),
+        ),
+        embed_std=1.0,
+    )
+
+
+CONFIGS = {"needle": small_needle, "mla": small_mla}
+
+
+@functools.cache
+def model_and_params(name: str, exact: bool = False):
+    """(Model, params) of a small config with fixed random weights, none of them zero."""
+    cfg = CONFIGS[name]()
+    model = Model(cfg, local(exact=exact))
+    ids = jnp.zeros((1, 64), jnp.int32)
+    params = nn.unbox(jax.jit(lambda k: model.init(k, ids, method="logits"))(jax.random.key(0)))
+    # Tied and zero initial values hide mistakes: shake them all.
+    leaves, tree = jax.tree.flatten(params)
+    keys = jax.random.split(jax.random.key(1), len(leaves))
+    shaken = [x + 0.1 * jax.random.normal(k, x.shape) for x, k in zip(leaves, keys, strict=True)]
+    return model, jax.tree.unflatten(tree, shaken)
+
+
+@functools.cache
+def apply_of(name: str, exact: bool = False):
+    """jit of the model's apply with `aligned` static; cached, so that tests share compilations."""
+    model, params = model_and_params(name, exact)
+
+    @functools.partial(jax.jit, static_argnames="aligned")
+    def apply(ids, pos=None, seg=None, slots=None, cache=None, fresh=None, aligned=None):
+        return model.apply(
+            params, ids, pos, seg, slots, cache, fresh=fresh, aligned=aligned
+        )
+
+    return apply

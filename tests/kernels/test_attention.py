@@ -1,0 +1,123 @@
+"""attention: xla = ref, forward and gradient, in every order and with every mask; merge = whole."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import kernels_pallas.attention.xla as xla
+from kernels_pallas.attention import Keys, Queries, attention
+from kernels_pallas.partial import merge
+from tests.conftest import assert_close
+
+FAR = np.iinfo(np.int32).max
+
+
+def _inputs(rng, *, t=40, s=40, h=4, g=2, rope=True, window=None, order=None, dtype=jnp.float32):
+    """Two packed documents with some padding and unwritten slots."""
+    b = 2
+
+    def normal(*shape):
+        return jnp.asarray(rng.normal(size=shape), dtype)
+
+    pos = np.tile(np.concatenate([np.arange(s // 2), np.arange(s - s // 2)]), (b, 1))
+    seg = np.tile(np.repeat([0, 1], [s // 2, s - s // 2]), (b, 1))
+    seg[:, 3], seg[1, :2], pos[0, -2:] = -1, -1, FAR
+    since = np.maximum(pos - window + 1, 0) if window else np.zeros_like(pos)
+    order = np.arange(s) if order is None else order
+    pos, seg, since = (jnp.asarray(x[:, order], jnp.int32) for x in (pos, seg, since))
+    q = Queries(
+        normal(b, t, h, 8), normal(b, t, h, 6) if rope else None, pos[:, :t], seg[:, :t],
+        since[:, :t],
+    )
+    return q, Keys(normal(b, s, g, 8), normal(b, s, g, 5), normal(b, s, 6) if rope else None, pos, seg)
+
+
+def _floats(q, kv):
+    return q.nope, q.rope, kv.key, kv.value, kv.rope
+
+
+def _loss(floats, q, kv, impl, cotangents):
+    nope, q_rope, key, value, k_rope = floats
+    q, kv = q._replace(nope=nope, rope=q_rope), kv._replace(key=key, value=value, rope=k_rope)
+    p = attention(q, kv, scale=0.3, impl=impl)
+    lse = jnp.where(jnp.isneginf(p.lse), 0.0, p.lse)
+    return jnp.sum(p.out * cotangents[0]) + jnp.sum(lse * cotangents[1]), p
+
+
+@functools.cache
+def _value_and_grad(impl, tiles):
+    del tiles  # part of the cache key: tile sizes are read while tracing
+    return jax.jit(
+        lambda f, q, kv, c: jax.value_and_grad(_loss, has_aux=True)(f, q, kv, impl, c)
+    )
+
+
+CASES = {
+    "grouped with rope": {},
+    "window": {"window": 7},
+    "one KV head, no rope": {"g": 1, "rope": False},
+    "permuted": {"order": np.random.default_rng(1).permutation(40)},
+}
+
+
+@pytest.mark.parametrize("tiles", [(512, 1024), (16, 8)], ids=["one tile", "blockwise"])
+@pytest.mark.parametrize("name", CASES)
+def test_xla_equals_reference_forward_and_gradient(name, tiles, rng, monkeypatch):
+    monkeypatch.setattr(xla, "TILE_Q", tiles[0])
+    monkeypatch.setattr(xla, "TILE_K", tiles[1])
+    q, kv = _inputs(rng, **CASES[name])
+    cotangents = (
+        jnp.asarray(rng.normal(size=(2, 40, 4, 5)), jnp.float32),
+        jnp.asarray(rng.normal(size=(2, 40, 4)), jnp.float32),
+    )
+    got, want = (
+        _value_and_grad(impl, tiles)(_floats(q, kv), q, kv, cotangents) for impl in ("xla", "ref")
+    )
+    assert_close(got, want)
+
+
+def test_bfloat16_is_near_the_float32_reference(rng):
+    q, kv = _inputs(rng, dtype=jnp.bfloat16)
+    wide = jax.tree.map(lambda x: x.astype(jnp.float32) if x.dtype == jnp.bfloat16 else x, (q, kv))
+    got, want = attention(q, kv, scale=0.3, impl="xla"), attention(*wide, scale=0.3, impl="ref")
+    assert_close((got.out, got.lse), (want.out, want.lse), jnp.bfloat16)
+
+
+def test_merge_over_disjoint_keys_is_the_whole_forward_and_gradient(rng):
+    q, kv = _inputs(rng)
+    cotangent = jnp.asarray(rng.normal(size=(2, 40, 4, 5)), jnp.float32)
+
+    def cut(kv, part):
+        return jax.tree.map(lambda x: x[:, part], kv)
+
+    def loss(floats, pieces):
+        nope, q_rope, key, value, k_rope = floats
+        queries = q._replace(nope=nope, rope=q_rope)
+        keys = kv._replace(key=key, value=value, rope=k_rope)
+        parts = [attention(queries, cut(keys, p), scale=0.3, impl="xla") for p in pieces]
+        return jnp.sum(functools.reduce(merge, parts).out * cotangent)
+
+    halves = (slice(0, 17), slice(17, 40))
+    got = jax.jit(jax.value_and_grad(lambda f: loss(f, halves)))(_floats(q, kv))
+    want = jax.jit(jax.value_and_grad(lambda f: loss(f, (slice(0, 40),))))(_floats(q, kv))
+    assert_close(got, want)
+
+
+def test_max_logit_is_the_largest_visible_scaled_logit(rng):
+    q, kv = _inputs(rng, rope=False)
+    got = attention(q, kv, scale=0.3, impl="xla").max_logit
+    assert_close(got, attention(q, kv, scale=0.3, impl="ref").max_logit)
+    assert np.isneginf(got[:, 3]).all()  # padding sees nothing
+
+
+def test_wrong_names_and_shapes_raise_with_the_values(rng):
+    q, kv = _inputs(rng)
+    with pytest.raises(ValueError, match="cuda.*ref.*xla"):
+        attention(q, kv, scale=1.0, impl="cuda")
+    with pytest.raises(ValueError, match=r"\(2, 40, 4, 7\)"):
+        attention(q._replace(nope=q.nope[..., :7]), kv, scale=1.0, impl="xla")
+    with pytest.raises(ValueError, match="rotary"):
+        attention(q._replace(rope=None), kv, scale=1.0, impl="xla")

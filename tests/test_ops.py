@@ -1,0 +1,152 @@
+"""Operations that have one right answer: rope, MLA's two forms, experts, FLOPs."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from kernels_pallas.attention import Queries
+from kimijax import presets
+from kimijax.config import CompressedConfig, WindowConfig
+from kimijax.metrics import prefill_flops
+from kimijax.ops.attend import Latents, attend
+from kimijax.ops.moe import combine, dispatch, expert_mlp
+from kimijax.ops.rope import cos_sin, rotate
+from tests.conftest import CONFIGS, assert_close
+
+
+@pytest.mark.parametrize("pos", [0, 1, 2047, 2048, 131_071, 2_097_151, 4_194_303])
+def test_rope_is_exact_at_any_position(pos):
+    cos, sin = cos_sin(jnp.array([pos]), 50_000.0, 64)
+    angle = pos * 50_000.0 ** (-np.arange(0, 64, 2, dtype=np.float64) / 64)
+    assert np.abs(np.asarray(cos, np.float64) - np.cos(angle)).max() < 1e-5
+    assert np.abs(np.asarray(sin, np.float64) - np.sin(angle)).max() < 1e-5
+
+
+def test_rope_scores_depend_on_the_distance_alone(rng):
+    q, k = (jnp.asarray(rng.normal(size=(1, 16)), jnp.float32) for _ in range(2))
+
+    def score(a, b):
+        turned = [rotate(x, *cos_sin(jnp.array([p]), 1000.0, 16)) for x, p in ((q, a), (k, b))]
+        return jnp.sum(turned[0] * turned[1])
+
+    assert_close(score(2_097_151, 2_097_140), score(11, 0))
+
+
+@pytest.mark.parametrize("rope", [True, False], ids=["rope", "NoPE"])
+def test_expanded_is_absorbed_forward_and_gradient(rope, rng):
+    b, t, s, h, n, v, r, p = 2, 12, 20, 3, 8, 6, 16, 4
+
+    def normal(*shape):
+        return jnp.asarray(rng.normal(size=shape), jnp.float32)
+
+    pos = jnp.broadcast_to(jnp.arange(s), (b, s))
+    seg = jnp.zeros((b, s), jnp.int32)
+    q = Queries(
+        normal(b, t, h, n), normal(b, t, h, p) if rope else None, pos[:, -t:], seg[:, -t:],
+        jnp.zeros((b, t), jnp.int32),
+    )
+    kv = Latents(normal(b, s, r), normal(b, s, p) if rope else None, pos, seg)
+    up = (normal(r, h, n), normal(r, h, v))
+    cotangent = normal(b, t, h, v)
+
+    def loss(floats, form):
+        nope, latent, up = floats
+        out = attend(
+            q._replace(nope=nope), kv._replace(latent=latent), up, scale=0.2, impl="xla", form=form
+        )
+        return jnp.sum(out.out * cotangent), out
+
+    got, want = (
+        jax.jit(lambda f, form=form: jax.value_and_grad(loss, has_aux=True)(f, form))(
+            (q.nope, kv.latent, up)
+        )
+        for form in ("absorbed", "expanded")
+    )
+    assert_close(got, want)
+
+
+@pytest.mark.parametrize("k", [1, 2])
+def test_experts_by_tiles_are_experts_one_by_one(k, rng):
+    n, d, f, e = 50, 8, 6, 5
+
+    def normal(*shape):
+        return jnp.asarray(rng.normal(size=shape), jnp.float32)
+
+    x, gate, up, down = normal(n, d), normal(e, d, f), normal(e, d, f), normal(e, f, d)
+    ids = np.stack([rng.permutation(4)[:k] for _ in range(n)])  # expert 4 gets nothing
+    weight = normal(n, k)
+
+    def tiled(x, gate, up, down, weight):
+        plan = dispatch(jnp.asarray(ids), e, 8)
+        return combine(expert_mlp(x, plan, gate, up, down), plan, weight)
+
+    def dense(x, gate, up, down, weight):
+        h = jax.nn.silu(jnp.einsum("nd,edf->nef", x, gate)) * jnp.einsum("nd,edf->nef", x, up)
+        y = jnp.einsum("nef,efd->ned", h, down)
+        return jnp.einsum("nkd,nk->nd", jnp.take_along_axis(y, ids[..., None], 1), weight)
+
+    args = (x, gate, up, down, weight)
+    cotangent = normal(n, d)
+    for f in (
+        lambda fn: fn(*args),
+        lambda fn: jax.grad(lambda *a: jnp.sum(fn(*a) * cotangent), argnums=range(5))(*args),
+    ):
+        assert_close(f(tiled), f(dense))
+
+
+def test_executed_expert_tiles_are_few():
+    """At most one tile per expert more than the rows need; the others are skipped."""
+    ids = jnp.asarray(np.random.default_rng(0).integers(0, 4, (4096, 1)))
+    plan = dispatch(ids, 4, 256)
+    assert int(plan.live.sum()) * 256 <= 1.3 * 4096
+
+
+def _brute_force_macs(cfg, n):
+    """Visit every query of every layer and count what it multiplies."""
+    d, total = cfg.width, 0
+    for layer in cfg.layers:
+        if isinstance(layer.mixer, WindowConfig):
+            w = layer.mixer
+            total += n * d * w.head_dim * (2 * w.heads + 2 * w.kv_heads)
+            for t in range(n):
+                seen = sum(1 for s in range(max(0, t - w.window + 1), t + 1))
+                total += seen * w.heads * w.head_dim * 2
+        if isinstance(layer.mixer, CompressedConfig):
+            c, i = layer.mixer, layer.mixer.index
+            total += n * (d * c.heads * c.nope_dim + c.taps * d * c.kv_rank)
+            total += n * c.heads * (c.nope_dim * c.kv_rank + c.kv_rank * c.v_dim + c.v_dim * d)
+            blocks_done = 0
+            for t in range(n):
+                local = max(0, t // i.group * i.group - c.window)
+                candidates = local // i.block
+                keys = (t - local + 1) + min(candidates, i.top_k) * i.block
+                total += keys * c.heads * c.kv_rank * 2
+                if t % i.group == 0:
+                    total += d * i.dim + candidates * i.keys * i.dim
+                if (t + 1) % i.block == 0:
+                    blocks_done += 1
+                    total += i.block * c.kv_rank * i.keys * 2 + i.keys * c.kv_rank * i.dim
+            assert blocks_done == n // i.block
+        f = layer.ffn
+        if hasattr(f, "experts"):
+            total += n * (d * f.experts + 3 * d * (f.top_k * f.width + f.shared_width))
+        else:
+            total += n * 3 * d * f.width
+    return total
+
+
+@pytest.mark.parametrize("n", [4096, 4000, 50])
+def test_flops_formula_equals_a_brute_force_count(n):
+    cfg = presets.needle_2m()
+    assert sum(prefill_flops(cfg, n).values()) == 2 * _brute_force_macs(cfg, n)
+
+
+def test_exact_flops_grow_with_the_square():
+    cfg = CONFIGS["mla"]()
+    a, b = (prefill_flops(cfg, n)["attention"] for n in (1000, 2000))
+    assert 3.99 < b / a < 4.01
+    windowed = dataclasses.replace(cfg.groups[0].layers[0].mixer, window=100)
+    assert windowed.scale == cfg.groups[0].layers[0].mixer.scale
