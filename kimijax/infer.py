@@ -77,6 +77,12 @@ class Step:
         return fork(self.cfg, cache, room).replace(frozen=None)
 
 
+@functools.cache
+def programs(cfg: ModelConfig, ops: Ops, chunk: int = CHUNK) -> Step:
+    """The Step of these arguments, made once: a second job in a process compiles nothing."""
+    return Step(cfg, ops, chunk)
+
+
 def check_tokens(cfg: ModelConfig, tokens: np.ndarray) -> None:
     """UserError for tokens that the model cannot read."""
     if len(tokens) == 0:

@@ -27,7 +27,7 @@ from kimijax.data.haystack import (
 )
 from kimijax.errors import UserError
 from kimijax.evals.report import heatmap, table
-from kimijax.infer import CHUNK, Step, check_tokens, generate, prefill
+from kimijax.infer import CHUNK, Step, check_tokens, generate, prefill, programs
 from kimijax.ops.attend import local
 from kimijax.ops.blocks import local_start
 
@@ -111,7 +111,7 @@ def run(job: NeedleJob, out: Path) -> dict:
     cfg, params = load_model(Path(job.checkpoint))
     for tokens, _ in documents:
         check_tokens(cfg, tokens)
-    step = Step(cfg, local(exact=job.exact), job.chunk)
+    step = programs(cfg, local(exact=job.exact), job.chunk)
     capacity = max(len(tokens) for tokens, _ in documents)
     capacity = -(-capacity // job.chunk) * job.chunk
     width = _prompt_width(job, documents)

@@ -20,7 +20,7 @@ CHECKPOINT = Path(__file__).parents[2] / "experiments" / "checkpoints" / "needle
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of the needle job."""
     add = parser.add_argument
-    add("--context", type=_lengths, metavar="N[,N...]",
+    add("--context", type=lengths, metavar="N[,N...]",
         help="tokens to read; several are read in turn (default: "
         f"{','.join(map(str, CONTEXTS))}; with --haystack: all of it)")
     add("--needles", type=int, default=100, help="pass keys to hide (default: %(default)s)")
@@ -36,14 +36,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--out", metavar="DIR", default="runs/needle_2m", help="default: %(default)s")
 
 
-def _lengths(text: str) -> tuple[int, ...]:
+def lengths(text: str) -> tuple[int, ...]:
+    """Whole numbers from 1, ascending, as in 1024,2_097_152."""
     try:
-        lengths = tuple(sorted({int(part.replace("_", "")) for part in text.split(",")}))
+        found = tuple(sorted({int(part.replace("_", "")) for part in text.split(",")}))
     except ValueError as error:
         raise argparse.ArgumentTypeError(f"{text!r} is not a list of whole numbers") from error
-    if lengths[0] < 1:
-        raise argparse.ArgumentTypeError(f"a context must be at least 1, got {lengths[0]}")
-    return lengths
+    if found[0] < 1:
+        raise argparse.ArgumentTypeError(f"a context must be at least 1, got {found[0]}")
+    return found
 
 
 def main(args: argparse.Namespace) -> int:

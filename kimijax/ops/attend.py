@@ -1,5 +1,6 @@
 """The callables that a model is handed: attention in the form and implementation of a plan."""
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -82,8 +83,9 @@ class Ops:
     exact: bool = False  # compressed layers read all of the past instead of chosen blocks
 
 
+@functools.cache
 def local(impl: str = "xla", exact: bool = False) -> Ops:
-    """Operations on one device."""
+    """Operations on one device. The same arguments give the same object, so programs are shared."""
     return Ops(
         attend=partial(attend, impl=impl),
         attention=partial(attention, impl=impl),

@@ -32,7 +32,8 @@ def _inputs(rng, *, t=40, s=40, h=4, g=2, rope=True, window=None, order=None, dt
         normal(b, t, h, 8), normal(b, t, h, 6) if rope else None, pos[:, :t], seg[:, :t],
         since[:, :t],
     )
-    return q, Keys(normal(b, s, g, 8), normal(b, s, g, 5), normal(b, s, 6) if rope else None, pos, seg)
+    k_rope = normal(b, s, 6) if rope else None
+    return q, Keys(normal(b, s, g, 8), normal(b, s, g, 5), k_rope, pos, seg)
 
 
 def _floats(q, kv):

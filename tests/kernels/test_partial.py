@@ -9,10 +9,9 @@ from tests.conftest import assert_close
 
 
 def _partials(rng, n=3):
-    return [
-        Partial(*(jnp.asarray(rng.normal(size=s), jnp.float32) for s in ((4, 2, 8), (4, 2), (4, 2))))
-        for _ in range(n)
-    ]
+    shapes = (4, 2, 8), (4, 2), (4, 2)
+    return [Partial(*(jnp.asarray(rng.normal(size=s), jnp.float32) for s in shapes))
+            for _ in range(n)]
 
 
 def test_merge_is_associative_and_commutative(rng):

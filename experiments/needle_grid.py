@@ -1,0 +1,75 @@
+"""Is it the recipe and not the luck: many seeds, lengths, twins, other texts, other words?
+
+Ask     Exact match over training seeds x evaluation seeds x contexts.
+Run     python -m experiments.needle_grid --checkpoints DIR[,DIR...] --out DIR
+        [--seeds 0,1,2] [--context N,...] [--twins] [--haystack DIR] [--question TEXT]
+Cost    about a minute per pair of seeds on 2 cores; what is done is not done again.
+Answer  see the README's results.
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+from kimijax.cli import run_module
+from kimijax.evals.needle_cli import CHECKPOINT, CONTEXTS, lengths
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of the grid."""
+    add = parser.add_argument
+    add("--checkpoints", default=str(CHECKPOINT), metavar="DIR[,DIR...]")
+    add("--out", required=True, metavar="DIR")
+    add("--seeds", type=lengths_from_zero, default=(0, 1, 2), metavar="S[,S...]")
+    add("--context", type=lengths, default=CONTEXTS, metavar="N[,N...]")
+    add("--needles", type=int, default=100)
+    add("--twins", action="store_true")
+    add("--haystack", metavar="DIR|FILE")
+    add("--question", metavar="TEXT")
+
+
+def lengths_from_zero(text: str) -> tuple[int, ...]:
+    """Seeds: whole numbers from 0."""
+    return tuple(n - 1 for n in lengths(",".join(str(int(s) + 1) for s in text.split(","))))
+
+
+def main(args: argparse.Namespace) -> int:
+    """Run what is missing and print one table."""
+    from kimijax.data.haystack import QUESTION
+    from kimijax.evals.needle import NeedleJob, run, writable
+
+    rows = []
+    for checkpoint in map(Path, args.checkpoints.split(",")):
+        for seed in args.seeds:
+            out = writable(str(Path(args.out) / f"{checkpoint.parent.name}-{seed}"))
+            job = NeedleJob(
+                checkpoint=str(checkpoint), contexts=args.context, needles=args.needles, seed=seed,
+                haystack=args.haystack, question=args.question or QUESTION, twins=args.twins,
+            )
+            if not (out / "results.json").exists():
+                run(job, out)
+            rows.append((out.name, json.loads((out / "results.json").read_text())))
+    print(summary(rows))
+    return 0
+
+
+def summary(rows: list[tuple[str, dict]]) -> str:
+    """Exact match by run and context, and misses per tenth of the depth pooled over runs."""
+    contexts = [r["context"] for r in rows[0][1]["by_context"]]
+    lines = ["| run | " + " | ".join(f"{c:,}" for c in contexts) + " |"]
+    lines.append("|" + "---|" * (len(contexts) + 1))
+    for name, results in rows:
+        cells = [f"{r['exact_match']:.2f}" for r in results["by_context"]]
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    for i, context in enumerate(contexts):
+        depth = [
+            [r["by_context"][i]["exact_match_by_depth"][t] for _, r in rows] for t in range(10)
+        ]
+        misses = [f"{sum(d['asked'] - d['right'] for d in tenth)}/{sum(d['asked'] for d in tenth)}"
+                  for tenth in depth]
+        lines.append(f"{context:,}: misses by tenth of the depth {' '.join(misses)}")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    run_module(add_arguments, main, __doc__)

@@ -1,0 +1,83 @@
+"""Training: rows are what they claim, an interrupted run is the same run, loads are balanced."""
+
+import os
+import signal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from experiments.train_needle import loss_of, phases
+from kimijax.data.needles import NeedleTask, batch
+from kimijax.model import Model
+from kimijax.ops.attend import local
+from kimijax.optim.muon import build, dimension_numbers
+from kimijax.train import Interrupted, abstract_params, balance, fit, init_state, make_step
+from tests.conftest import small_needle
+
+TASK = NeedleTask(length=256, rows=2, needles=3, questions=1, watched=4)
+TEXT = np.frombuffer(b"def f(x):\n    return x + 1\n" * 200, np.uint8)
+STEPS = 4
+
+
+@pytest.fixture(scope="module")
+def made():
+    """Initial state and jitted step of a small model."""
+    model = Model(small_needle(), local(exact=True))
+    optimizer = build(abstract_params(model), optax.constant_schedule(0.01))
+    step = make_step(loss_of(model), optimizer, 1e-3)
+    return lambda: init_state(model, optimizer, 0), step
+
+
+def _fit(made, out, stop_at=None):
+    start, step = made
+
+    def batch_of(i):
+        if i == stop_at:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return batch(TASK, TEXT, 0, i)
+
+    return fit(start(), step, batch_of, STEPS, out, lambda i: TASK.rows * TASK.length)
+
+
+def test_interrupted_and_resumed_is_uninterrupted(made, tmp_path):
+    whole = _fit(made, tmp_path / "whole")
+    with pytest.raises(Interrupted, match="after step 2 of 4"):
+        _fit(made, tmp_path / "cut", stop_at=1)
+    resumed = _fit(made, tmp_path / "cut")
+    jax.tree.map(np.testing.assert_array_equal, whole, resumed)
+    logs = [(tmp_path / d / "metrics.jsonl").read_text().count("\n") for d in ("whole", "cut")]
+    assert logs == [STEPS, STEPS]
+
+
+def test_rows_hold_their_needles_and_ask_for_them():
+    for _, task in phases():
+        b = batch(task, np.resize(TEXT, 10 * task.length), 3, 0)
+        assert b.ids.shape == (task.rows, task.length)
+        for ids, answers in zip(b.ids, b.answers, strict=True):
+            text = bytes(ids.astype(np.uint8)).decode()
+            digits = bytes(ids[answers + 1].astype(np.uint8)).decode()
+            for i in range(0, len(digits), 5):
+                end = answers[i] + 1
+                asked = text[:end].rsplit("The pass key for ", 1)[1].split(" is ")[0]
+                stated = f" The pass key for {asked} is {digits[i : i + 5]}. "
+                assert 0 <= text.find(stated) < end - len(stated)
+        again = batch(task, np.resize(TEXT, 10 * task.length), 3, 0)
+        jax.tree.map(np.testing.assert_array_equal, b, again)
+
+
+def test_matrices_are_told_from_the_rest_by_their_dims():
+    assert dimension_numbers(("layers", "embed", "heads", "head_dim")) == ((1,), (2, 3))
+    assert dimension_numbers(("layers", "heads", "head_dim", "embed")) == ((1, 2), (3,))
+    assert dimension_numbers(("layers", "expert", "ffn", "embed")) == ((2,), (3,))
+    assert dimension_numbers(("layers", "norm")) is None
+    assert dimension_numbers(("layers", "tap", "embed")) is None
+
+
+def test_balance_moves_the_bias_against_the_load():
+    params = {"params": {"group_0": {"layer_0": {"ffn": {"bias": jnp.zeros((1, 3))}}}}}
+    aux = ({"layer_0": {"ffn": {"load": jnp.array([[0.8, 0.1, 0.1]])}}},)
+    bias = balance(params, aux, 0.3)["params"]["group_0"]["layer_0"]["ffn"]["bias"]
+    np.testing.assert_allclose(bias, [[-0.4, 0.2, 0.2]], atol=1e-6)
