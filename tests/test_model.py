@@ -40,9 +40,7 @@ def _read(name, ids, sizes, aligned, rows=None, **kwargs):
 
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize(
-    "sizes, aligned",
-    [((128, 128), True), ((100, 28, 100, 28), False), ((255, 1), False)],
-    ids=["whole runs", "any sizes", "decode"],
+    "sizes, aligned", [((64,) * 4, True), ((51,) * 5 + (1,), False)], ids=["runs", "any sizes"]
 )
 def test_chunked_is_one_pass(name, sizes, aligned, ids):
     want = apply_of(name)(ids).hidden
@@ -50,44 +48,43 @@ def test_chunked_is_one_pass(name, sizes, aligned, ids):
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_token_by_token_is_one_pass_where_tokens_choose_for_themselves(name, ids):
+def test_decode_is_prefill_where_tokens_choose_for_themselves(name, ids):
     fresh = jnp.zeros((2, T), bool).at[:, T - 6 :].set(True).at[:, 130].set(True)
     want = apply_of(name)(ids, fresh=fresh).hidden
-    got, cache = _read(name, ids, (128, 122, 1, 1, 1, 1, 1, 1), False, fresh=fresh)
+    got, cache = _read(name, ids, (50,) * 5 + (1,) * 6, False, fresh=fresh)
     assert_close(got, want)
     assert (cache.count == T).all()
 
 
-def test_a_fork_continues_the_document_and_leaves_it_alone(ids):
-    apply = apply_of("needle")
-    fresh = jnp.ones((2, T), bool)
-    for cut in (192, 200, 130):
-        _, frozen = _read("needle", ids, (cut,), False)
-        before = jax.tree.map(np.asarray, frozen)
-        _, cache = _read("needle", ids, (cut,), False)
-        want, got = [], []
-        branch = fork(CONFIGS["needle"](), frozen, 128)
-        for i in range(cut, cut + 10):
-            out = apply(ids[:, i : i + 1], cache=cache, fresh=fresh[:, :1], aligned=False)
-            want, cache = [*want, out.hidden], out.cache
-            out = apply(ids[:, i : i + 1], cache=branch, fresh=fresh[:, :1], aligned=False)
-            got, branch = [*got, out.hidden], out.cache
-        assert_close(jnp.concatenate(got, 1), jnp.concatenate(want, 1))
-        jax.tree.map(np.testing.assert_array_equal, before, jax.tree.map(np.asarray, frozen))
+@pytest.mark.parametrize("sizes, aligned", [((64,) * 3, True), ((51,) * 4, False)])
+def test_a_fork_continues_the_document_and_leaves_it_alone(sizes, aligned, ids):
+    apply, cut = apply_of("needle"), sum(sizes)
+    fresh = jnp.ones((2, 1), bool)
+    _, frozen = _read("needle", ids, sizes, aligned)
+    before = jax.tree.map(np.asarray, frozen)
+    cache, branch = frozen, fork(CONFIGS["needle"](), frozen, 128)
+    for i in range(cut, cut + 10):
+        token = ids[:, i : i + 1]
+        want = apply(token, cache=cache, fresh=fresh, aligned=False)
+        got = apply(token, cache=branch, fresh=fresh, aligned=False)
+        assert_close(got.hidden, want.hidden)
+        cache, branch = want.cache, got.cache
+    jax.tree.map(np.testing.assert_array_equal, before, jax.tree.map(np.asarray, frozen))
 
 
 def test_a_fork_of_a_full_cache_sees_its_end(ids):
     """The document may fill its cache to the last slot."""
-    apply = apply_of("needle")
-    _, full = _read("needle", ids, (256,), True)
+    apply, cfg = apply_of("needle"), CONFIGS["needle"]()
+    _, full = _read("needle", ids, (64,) * 4, True)
     assert full.capacity == T
-    roomy = empty_cache(CONFIGS["needle"](), 2, 2 * T)
-    roomy = apply(ids, cache=roomy, aligned=True).cache
-    token = ids[:, :1]
-    fresh = jnp.ones((2, 1), bool)
-    want = apply(token, cache=roomy, fresh=fresh, aligned=False).hidden
-    got = apply(token, cache=fork(CONFIGS["needle"](), full, 64), fresh=fresh, aligned=False)
-    assert_close(got.hidden, want)
+    roomy = empty_cache(cfg, 2, 2 * T)
+    for i in range(0, T, 64):
+        roomy = apply(ids[:, i : i + 64], cache=roomy, aligned=True).cache
+    token, fresh = ids[:, :1], jnp.ones((2, 1), bool)
+    want, got = (
+        apply(token, cache=fork(cfg, c, 128), fresh=fresh, aligned=False) for c in (roomy, full)
+    )
+    assert_close(got.hidden, want.hidden)
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -99,55 +96,50 @@ def test_any_order_gives_the_permuted_answer(name, ids, rng):
     assert_close(got, want[:, order])
 
 
-def _packed(name):
-    """Two documents in a row, the second at a run's start; lengths 100 and 90."""
-    run = run_length(CONFIGS[name]())
-    start = -(-100 // run) * run
+DOCUMENT = 100  # tokens of each of two packed documents; the second starts at a run
+
+
+def _packed():
     at = jnp.arange(T)
-    seg = jnp.where(at < 100, 0, jnp.where((at >= start) & (at < start + 90), 1, -1))
-    pos = jnp.where(at >= start, at - start, at)
-    return start, *(jnp.broadcast_to(x, (2, T)) for x in (pos, seg))
+    pos = at % 128
+    seg = jnp.where(pos < DOCUMENT, at // 128, -1)
+    return tuple(jnp.broadcast_to(x, (2, T)) for x in (pos, seg))
+
+
+def _documents(x):
+    """b 256 ... -> 2b 100 ...: the documents of packed rows as rows of their own."""
+    return x.reshape(4, 128, *x.shape[2:])[:, :DOCUMENT]
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_packed_is_separate(name, ids):
-    start, pos, seg = _packed(name)
-    packed = apply_of(name)(ids, pos, seg).hidden
-    first = apply_of(name)(ids[:, :100]).hidden
-    second = apply_of(name)(ids[:, start : start + 90]).hidden
-    assert_close(packed[:, :100], first)
-    assert_close(packed[:, start : start + 90], second)
-
-
-@pytest.mark.parametrize("name", MODELS)
-def test_packed_gradient_is_the_sum_of_separate_gradients(name, ids):
+def test_packed_is_separate_forward_and_gradient(name, ids):
+    assert 128 % run_length(CONFIGS[name]()) == 0
     model, params = model_and_params(name)
-    start, pos, seg = _packed(name)
     cotangent = jax.random.normal(jax.random.key(2), (2, T, 32))
 
-    def loss(params, ids, part, *where):
-        return jnp.sum(model.apply(params, ids, *where).hidden * cotangent[:, part])
+    def loss(params, ids, cotangent, *where):
+        hidden = model.apply(params, ids, *where).hidden
+        hidden = _documents(hidden) if where else hidden
+        return jnp.sum(hidden * _documents(cotangent)), hidden
 
-    live = (seg >= 0)[..., None]
-    whole = lambda p: jnp.sum(  # noqa: E731
-        jnp.where(live, model.apply(p, ids, pos, seg).hidden * cotangent, 0)
-    )
-    parts = slice(0, 100), slice(start, start + 90)
-    separate = lambda p: sum(loss(p, ids[:, s], s) for s in parts)  # noqa: E731
-    got, want = (jax.jit(jax.grad(f))(params) for f in (whole, separate))
+    value_and_grad = jax.jit(jax.value_and_grad(loss, has_aux=True))
+    got = value_and_grad(params, ids, cotangent, *_packed())
+    want = value_and_grad(params, _documents(ids), cotangent)
     assert_close(got, want)
 
 
 @pytest.mark.parametrize("name", MODELS)
 def test_ragged_and_left_padded_rows_are_separate(name, ids):
-    seg = jnp.zeros((2, T), jnp.int32).at[0, :37].set(-1).at[1, 190:].set(-1)
+    pad = 37
+    seg = jnp.zeros((2, T), jnp.int32).at[0, :pad].set(-1).at[1, T - pad :].set(-1)
     slots = jnp.cumsum(seg >= 0, 1) - 1
     cache = empty_cache(CONFIGS[name](), 2, T)
     got = apply_of(name)(ids, None, seg, slots, cache=cache, aligned=False)
-    np.testing.assert_array_equal(got.cache.count, [T - 37, 190])
-    for row, part in ((0, slice(37, T)), (1, slice(0, 190))):
-        alone = apply_of(name)(ids[row : row + 1, part], aligned=False).hidden
-        assert_close(got.hidden[row, part], alone[0])
+    assert (got.cache.count == T - pad).all()
+    parts = slice(pad, T), slice(0, T - pad)
+    rows = jnp.stack([ids[row, part] for row, part in enumerate(parts)])
+    alone = apply_of(name)(rows, aligned=False).hidden
+    assert_close([got.hidden[row, part] for row, part in enumerate(parts)], list(alone))
 
 
 def test_choosing_every_block_is_exact_attention(ids):
@@ -156,23 +148,24 @@ def test_choosing_every_block_is_exact_attention(ids):
 
     def value_and_grad(exact):
         model = Model(cfg, local(exact=exact))
-        loss = lambda p, i: jnp.sum(jnp.sin(model.apply(p, i).hidden))  # noqa: E731
-        value, grads = jax.jit(jax.value_and_grad(loss))(params, ids)
+
+        def loss(params):
+            hidden = model.apply(params, ids).hidden
+            return jnp.sum(jnp.sin(hidden)), hidden
+
+        value, grads = jax.jit(jax.value_and_grad(loss, has_aux=True))(params)
         for name in ("index_query", "index_key", "index_gate", "index_bias"):
             del grads["params"]["group_1"]["layer_0"]["mixer"][name]  # no gradient either way
-        return model.apply(params, ids).hidden, value, grads
+        return value, grads
 
     assert_close(value_and_grad(False), value_and_grad(True))
 
 
 def test_exact_attention_in_chunks_and_behind_a_fork(ids):
-    cfg = CONFIGS["needle"]()
-    model, params = model_and_params("needle", exact=True)
-    want = model.apply(params, ids).hidden
-    cache = empty_cache(cfg, 2, T)
-    first = model.apply(params, ids[:, :200], cache=cache)
-    branch = fork(cfg, first.cache, 64)
-    second = model.apply(params, ids[:, 200:], cache=branch)
+    cfg, apply = CONFIGS["needle"](), apply_of("needle", exact=True)
+    want = apply(ids).hidden
+    first = apply(ids[:, :200], cache=empty_cache(cfg, 2, T))
+    second = apply(ids[:, 200:], cache=fork(cfg, first.cache, 64))
     assert_close(jnp.concatenate([first.hidden, second.hidden], 1), want)
 
 

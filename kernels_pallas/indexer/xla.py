@@ -10,20 +10,24 @@ import jax.numpy as jnp
 
 from kernels_pallas.attention.xla import contract
 
-TILE, LANE = 8192, 64
+TILE, LANE = 8192, 64  # blocks searched at a time, blocks of a lane
+SCORES = 64 * TILE  # few queries take longer tiles: as many scores, fewer steps
 
 
 def top_blocks(q, keys, layer, block_pos, block_seg, before, seg, k):
     """The op's xla form. See the package docstring for the contract."""
     b, m, i = q.shape
     c, g = keys.shape[2:4]
-    tile = min(TILE, c)
+    tile = min(c, max(TILE, SCORES // (b * m) // LANE * LANE))
     live = jnp.max(jnp.where(block_pos < before.max(), jnp.arange(c), -1)) + 1
 
     def step(n, held):
         # The last tile slides back to stay inside; what it sees again is masked.
         start = jnp.minimum(n * tile, c - tile)
-        part = jax.lax.dynamic_slice(keys, (layer, 0, start, 0, 0), (1, b, tile, g, i))[0]
+        if tile == c:  # no slice, no copy
+            part = keys[layer]
+        else:
+            part = jax.lax.dynamic_slice(keys, (layer, 0, start, 0, 0), (1, b, tile, g, i))
         scores = contract("bmi,bsi->bms", q, part.reshape(b, tile * g, i))
         scores = scores.reshape(b, m, tile, g).max(-1)
         cut = lambda x: jax.lax.dynamic_slice_in_dim(x, start, tile, 1)[:, None]  # noqa: E731

@@ -76,6 +76,7 @@ def _index(rng, c, m=7, i=4, g=2, b=2):
 def test_index_equals_reference(tile, lane, k, rng, monkeypatch):
     monkeypatch.setattr(indexer_xla, "TILE", tile)
     monkeypatch.setattr(indexer_xla, "LANE", lane)
+    monkeypatch.setattr(indexer_xla, "SCORES", tile)
     args = _index(rng, c=100)
     got, want = (top_blocks(*args, k=k, impl=impl) for impl in ("xla", "ref"))
     np.testing.assert_array_equal(got[1], want[1])
@@ -85,6 +86,7 @@ def test_index_equals_reference(tile, lane, k, rng, monkeypatch):
 def test_ties_go_to_the_lower_block(rng, monkeypatch):
     monkeypatch.setattr(indexer_xla, "TILE", 32)
     monkeypatch.setattr(indexer_xla, "LANE", 4)
+    monkeypatch.setattr(indexer_xla, "SCORES", 32)
     q, keys, layer, pos, seg, before, q_seg = _index(rng, c=100)
     keys = keys.at[..., 30:90, :, :].set(jnp.round(keys[..., :1, :, :]))
     args = (q, jnp.round(keys), layer, pos, seg, jnp.full_like(before, 400), jnp.ones_like(q_seg))
