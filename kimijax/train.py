@@ -61,7 +61,7 @@ def make_step(loss: Callable, optimizer: optax.GradientTransformation, balance_r
         grads, (metrics, aux) = gradient(state.params, batch)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = balance(optax.apply_updates(state.params, updates), aux, balance_rate)
-        metrics |= {"grad_norm": optax.global_norm(grads)}
+        metrics |= {"grad_norm": optax.tree.norm(grads)}
         return TrainState(state.step + 1, params, opt_state), metrics
 
     return jax.jit(step, donate_argnums=0)
@@ -147,6 +147,7 @@ class _Stop:
 def _log_until(path: Path, step: int):
     """The log opened for appending, without the lines of steps after `step`."""
     lines = []
+    path.parent.mkdir(parents=True, exist_ok=True)
     if path.exists():
         for line in path.read_text().splitlines():
             try:

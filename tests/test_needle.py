@@ -90,7 +90,7 @@ def _foreign(directory):
     [
         (["--haystack", "{tmp}/absent"], "absent"),
         (["--haystack", "{tmp}/empty"], "empty"),
-        (["--haystack", "{text}", "--context", 9_000_000], "40000"),
+        (["--haystack", "{text}", "--context", 9_000_000], "40,000 bytes"),
         (["--haystack", "{text}", "--ask", "zebra"], "zebra"),
         (["--haystack", "{text}", "--needles", 0], "needles must be at least 1, got 0"),
         (["--haystack", "{text}", "--question", "Well?"], "must contain {word}"),
