@@ -24,9 +24,11 @@ def prefill_flops(cfg: ModelConfig, n: int, exact: bool = False) -> dict[str, fl
 
     A multiplication and an addition count two. A query counts the keys it sees, the index the
     summary keys of the past, a selection the keys of its chosen blocks. What is masked, padded
-    or recomputed counts nothing, nor do norms, softmax, convolutions, embedding and head.
+    or recomputed counts nothing, nor do norms, softmax, convolutions and embedding. The head
+    counts: reading predicts every next token.
     """
     total = {"linear": 0.0, "window": 0.0, "attention": 0.0, "index": 0.0, "ffn": 0.0}
+    total["head"] = 2.0 * n * cfg.width * cfg.vocab
     for layer in cfg.layers:
         for part, macs in _layer_macs(cfg, layer, n, exact).items():
             total[part] += 2.0 * macs

@@ -200,9 +200,12 @@ def _prefill_memory(slots: int):
     model = Model(cfg, local())
     params = nn.unbox(abstract_params(model))
     cache = jax.eval_shape(lambda: empty_cache(cfg, 1, slots))
-    read = jax.jit(
-        lambda p, c, i: model.apply(p, i, cache=c, aligned=True).cache, donate_argnums=1
-    )
+
+    def read(params, cache, ids):
+        out = model.apply(params, ids, cache=cache, aligned=True)
+        return out.cache, out.hidden  # without hidden, the last layer would be optimised away
+
+    read = jax.jit(read, donate_argnums=1)
     ids = jax.ShapeDtypeStruct((1, 1024), jnp.int32)
     return read.lower(params, cache, ids).compile().memory_analysis()
 

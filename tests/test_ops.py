@@ -106,7 +106,7 @@ def test_executed_expert_tiles_are_few():
 
 def _brute_force_macs(cfg, n):
     """Visit every query of every layer and count what it multiplies."""
-    d, total = cfg.width, 0
+    d, total = cfg.width, n * cfg.width * cfg.vocab
     for layer in cfg.layers:
         if isinstance(layer.mixer, WindowConfig):
             w = layer.mixer

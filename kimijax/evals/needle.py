@@ -74,6 +74,7 @@ class Reading:
     recalled: list[float] = field(default_factory=list)  # share of digits; empty when exact
     chunk_seconds: list[float] = field(default_factory=list)
     decode_seconds: list[float] = field(default_factory=list)
+    nats: float = 0.0  # of the text itself
 
 
 def hidden(job: NeedleJob) -> list[tuple[np.ndarray, list[Needle]]]:
@@ -141,7 +142,7 @@ def _prompt(job: NeedleJob, needle: Needle) -> np.ndarray:
 def warm_up(step: Step, params, capacity: int, width: int) -> None:
     """Compile everything a job runs, on a cache that stays empty."""
     cache = step.empty(1, capacity)
-    cache = step.read(params, cache, np.zeros((1, step.chunk), np.uint8), np.int32(0))
+    cache, _ = step.read(params, cache, np.zeros((1, step.chunk + 1), np.uint8), np.int32(0))
     generate(step, params, cache, np.zeros(1, np.uint8), 2, width)
 
 
@@ -152,6 +153,7 @@ def _read(job, step, params, capacity, width, tokens, needles) -> Reading:
 
         def on_chunk(chunk):
             reading.chunk_seconds.append(chunk.seconds)
+            reading.nats += chunk.nats
             bar.update(chunk.tokens)
 
         cache = prefill(step, params, step.empty(1, capacity), tokens, on_chunk)
@@ -226,6 +228,7 @@ def _summary(job: NeedleJob, cfg: ModelConfig, r: Reading, peak: float) -> dict:
         "prefill_tokens_per_second": r.context / seconds,
         "seconds_per_token_last_64k": float(np.mean(r.chunk_seconds[-last:])) / job.chunk,
         "decode_ms_per_token": 1e3 * float(np.median(r.decode_seconds or [np.nan])),
+        "bits_per_token": r.nats / np.log(2) / max(1, r.context - 1),
         "flops": sum(flops.values()),
         "flops_by_part": flops,
         "fraction_of_peak": sum(flops.values()) / seconds / peak,

@@ -12,7 +12,8 @@ def table(results: dict) -> str:
         lines.append(f"{tenth * 10:>3}..{tenth * 10 + 10:>3}% {row}")
     lines.append("")
     for r in results["by_context"]:
-        recall = "" if r["block_recall"] is None else f", block recall {r['block_recall']:.3f}"
+        recall = f", text at {r['bits_per_token']:.2f} bits/token"
+        recall += "" if r["block_recall"] is None else f", block recall {r['block_recall']:.3f}"
         lines += [
             f"{r['context']:,} tokens, {r['attention']}: exact match {r['exact_match']:.3f} "
             f"of {r['needles']}{recall}",

@@ -47,12 +47,13 @@ class Compressed(nn.Module):
             queries = Queries(q, None, tokens.pos, tokens.seg, jnp.zeros_like(tokens.pos))
             p = attend_all(self.ops, queries, kv, up, c.scale, memory)
         else:
-            lead = None if memory is None else _lead(c, memory, tokens)
             stores, memory = (
                 ([own_store(c, kv, w_index)], None)
                 if memory is None
                 else stores_of(c, kv, w_index, tokens, memory)
             )
+            # Looked up after the write: a read of the old array would force a copy of it.
+            lead = None if memory is None else _lead(c, memory, tokens)
             q = absorb(q, up[0])
             p = attend_local(c, self.ops, q, kv, lead, tokens)
             ids, memory, aux["chosen"] = choose(c, self.ops, x, w_index, stores, tokens, memory)

@@ -8,7 +8,7 @@ from kimijax.config import MoEConfig, SwiGLUConfig
 from kimijax.layers.base import Proj, fan_in, weight
 from kimijax.ops.moe import combine, dispatch, expert_mlp
 
-TILE = 256  # rows of one expert product
+TILE = 128  # rows of one expert product
 
 
 class SwiGLU(nn.Module):
