@@ -9,9 +9,11 @@ Answer  see the README's results.
 
 import argparse
 import json
+from dataclasses import asdict
 from pathlib import Path
 
 from kimijax.cli import run_module
+from kimijax.errors import UserError
 from kimijax.evals.needle_cli import CHECKPOINT, CONTEXTS, lengths
 
 
@@ -38,17 +40,23 @@ def main(args: argparse.Namespace) -> int:
     from kimijax.data.haystack import QUESTION
     from kimijax.evals.needle import NeedleJob, run, writable
 
-    rows = []
+    rows: list[tuple[str, dict]] = []
     for checkpoint in map(Path, args.checkpoints.split(",")):
         for seed in args.seeds:
             out = writable(str(Path(args.out) / f"{checkpoint.parent.name}-{seed}"))
             job = NeedleJob(
                 checkpoint=str(checkpoint), contexts=args.context, needles=args.needles, seed=seed,
-                haystack=args.haystack, question=args.question or QUESTION, twins=args.twins,
+                haystack=args.haystack, twins=args.twins,
+                question=QUESTION if args.question is None else args.question,
             )
+            if out.name in [name for name, _ in rows]:
+                raise UserError(f"two checkpoints are both called {checkpoint.parent.name}")
             if not (out / "results.json").exists():
                 run(job, out)
-            rows.append((out.name, json.loads((out / "results.json").read_text())))
+            results = json.loads((out / "results.json").read_text())
+            if results["job"] != json.loads(json.dumps(asdict(job))):
+                raise UserError(f"{out} holds the results of another job; give another --out")
+            rows.append((out.name, results))
     print(summary(rows))
     return 0
 

@@ -10,8 +10,10 @@ Real Python files with pass keys in them, then questions. All of a row is read w
 """
 
 import argparse
+from dataclasses import asdict
 
 from kimijax.cli import run_module
+from kimijax.errors import UserError
 
 BALANCE_RATE = 3e-3
 PEAK_LR, WARMUP, FINAL = 0.02, 20, 0.1
@@ -71,6 +73,7 @@ def main(args: argparse.Namespace) -> int:
 
     from kimijax import presets
     from kimijax.checkpoint import save_model
+    from kimijax.config import to_dict
     from kimijax.data import corpus
     from kimijax.data.needles import batch
     from kimijax.evals.needle import writable
@@ -79,6 +82,8 @@ def main(args: argparse.Namespace) -> int:
     from kimijax.optim.muon import build
     from kimijax.train import Interrupted, abstract_params, fit, init_state, make_step
 
+    if not 0 <= args.seed < 2**32:
+        raise UserError(f"--seed must be between 0 and {2**32 - 1}, got {args.seed}")
     out = writable(args.out)
     cfg = presets.needle_2m()
     model = Model(cfg, local(exact=True))
@@ -94,6 +99,11 @@ def main(args: argparse.Namespace) -> int:
             len(schedule),
             out,
             lambda i: schedule[i].rows * schedule[i].length,
+            {
+                "seed": args.seed,
+                "model": to_dict(cfg),
+                "phases": [[steps, asdict(task)] for steps, task in phases()],
+            },
         )
     except Interrupted as stopped:
         print(f"{stopped}; the same command goes on")

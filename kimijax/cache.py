@@ -7,6 +7,7 @@ on a frozen one: `fork` gives a small cache whose past is another, read but neit
 written, so that questions share one long document.
 """
 
+import math
 from typing import NamedTuple
 
 import jax
@@ -108,11 +109,12 @@ def lead_slots(cfg: ModelConfig) -> int:
 def _lead(layer: LayerConfig) -> int:
     match layer.mixer:
         case WindowConfig(window=w):
-            return w
-        case CompressedConfig(window=w, index=index):
-            return w + index.group
+            lead = w
+        case CompressedConfig(window=w, index=index, taps=taps):
+            lead = max(w + index.group, taps - 1)
         case _:
-            return 0
+            lead = 0
+    return max(lead, layer.conv - 1)
 
 
 def run_length(cfg: ModelConfig) -> int:
@@ -121,12 +123,9 @@ def run_length(cfg: ModelConfig) -> int:
     for layer in cfg.layers:
         match layer.mixer:
             case WindowConfig(window=w):
-                run = max(run, tile_length(w))
+                run = math.lcm(run, tile_length(w))
             case CompressedConfig(index=index):
-                run = max(run, index.group)
-    for layer in cfg.layers:
-        if isinstance(layer.mixer, CompressedConfig) and run % layer.mixer.index.group:
-            raise ValueError(f"run {run} must be a multiple of group {layer.mixer.index.group}")
+                run = math.lcm(run, index.group)
     return run
 
 
@@ -202,7 +201,7 @@ def keep_last(past: jax.Array, new: jax.Array, used: jax.Array) -> jax.Array:
 def fork(cfg: ModelConfig, cache: Cache, room: int) -> Cache:
     """A cache that continues `cache`, which it reads and never writes, with `room` free slots.
 
-    Rows must be filled alike up to one run. Cost: a copy of the last tokens, not of the past.
+    Cost: a copy of the last tokens, not of the past.
     """
     if cache.frozen is not None:
         raise ValueError("fork: the cache already stands on a frozen one; fork that one instead")

@@ -67,6 +67,7 @@ class MLAConfig:
 
     def __post_init__(self):
         _positive(self, "heads", "kv_rank", "nope_dim", "v_dim", "latent_eps")
+        _positive(self, *(n for n in ("q_rank", "window") if getattr(self, n) is not None))
 
     @property
     def scale(self) -> float:
@@ -148,7 +149,7 @@ class MoEConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class LayerConfig:
-    """Pre-norm residual block: x += mixer(norm(conv(x))), x += ffn(norm(x))."""
+    """Pre-norm residual block: x += mixer(conv(norm(x))), x += ffn(norm(x))."""
 
     mixer: WindowConfig | MLAConfig | CompressedConfig
     ffn: SwiGLUConfig | MoEConfig

@@ -113,6 +113,8 @@ def prefill(
 ) -> Cache:
     """Read `tokens` (n) into an empty one-row cache, which is consumed: its memory is reused."""
     check_tokens(step.cfg, tokens)
+    if int(cache.count.max()) > 0:
+        raise ValueError("prefill: the cache must be empty; go on from a filled one with generate")
     if len(tokens) > cache.capacity:
         raise UserError(f"{len(tokens)} tokens do not fit a cache of {cache.capacity} slots")
     for start in range(0, len(tokens), step.chunk):
@@ -147,16 +149,16 @@ def generate(
     check_tokens(step.cfg, prompt)
     ids = np.zeros((1, width), np.int32)
     ids[0, : len(prompt)] = prompt
-    cache = step.fork(frozen, width + new)
+    run = run_length(step.cfg)
+    cache = step.fork(frozen, -(-(width + new) // run) * run)  # few sizes, few programs
     out, choices = [], []
-    live, seconds = np.int32(len(prompt)), None
-    for _ in range(new):
+    live = np.int32(len(prompt))
+    for i in range(new):
         began = time.perf_counter()
         token, cache, chosen = step.extend(params, frozen, cache, ids, live)
         out.append(int(token[0]))
-        if seconds is not None:
+        if i:  # the first step reads the prompt
             on_step(time.perf_counter() - began)
-        seconds = began
         choices.append(np.asarray(chosen[:, 0]))
         ids, live = np.array([[out[-1]]], np.int32), np.int32(1)
     return np.array(out, np.int32), np.stack(choices)

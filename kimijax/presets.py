@@ -14,7 +14,7 @@ from kimijax.config import (
 
 
 def needle_2m() -> ModelConfig:
-    """Bytes, 1.1 M parameters: two window layers, then one layer that reads all of the past.
+    """Bytes, 1.03 M parameters: two window layers, then one layer that reads all of the past.
 
     The window layers make of the last bytes a key; the compressed layer finds where that key was
     seen before and copies what followed. Two million tokens are 0.5 GiB of latents.

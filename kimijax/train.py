@@ -15,6 +15,7 @@ import optax
 from tqdm import tqdm
 
 from kimijax.checkpoint import restore_latest, save_state
+from kimijax.errors import UserError
 from kimijax.model import Model
 
 SAVE_SECONDS = 60.0
@@ -99,12 +100,15 @@ def fit(
     steps: int,
     out: Path,
     tokens_of: Callable[[int], int],
+    run: dict,
 ) -> TrainState:
     """Train to `steps`, resuming from `out` if it holds a state of this run.
 
     Every step adds a line to metrics.jsonl. The state is saved each minute, at the end and on
-    SIGINT or SIGTERM, which then raise Interrupted.
+    SIGINT or SIGTERM, which then raise Interrupted. `run` is what the run is made of (JSON
+    values); UserError if `out` holds another one.
     """
+    _claim(out, run)
     if (found := restore_latest(out / "state", state)) is not None:
         state = found[1]
     first = int(state.step)
@@ -129,6 +133,18 @@ def fit(
     return state
 
 
+def _claim(out: Path, run: dict) -> None:
+    """Note in `out` which run lives there; a state of another one must not be resumed."""
+    path = out / "run.json"
+    if not path.exists():
+        out.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_suffix(".tmp")
+        temporary.write_text(json.dumps(run, indent=1))
+        temporary.replace(path)
+    elif json.loads(path.read_text()) != json.loads(json.dumps(run)):
+        raise UserError(f"{out} holds another run (see {path}); give this one its own --out")
+
+
 class _Stop:
     """While entered, SIGINT and SIGTERM only ask for a stop at the end of the step."""
 
@@ -147,7 +163,6 @@ class _Stop:
 def _log_until(path: Path, step: int):
     """The log opened for appending, without the lines of steps after `step`."""
     lines = []
-    path.parent.mkdir(parents=True, exist_ok=True)
     if path.exists():
         for line in path.read_text().splitlines():
             try:

@@ -57,7 +57,7 @@ def rng():
 
 
 def small_needle() -> ModelConfig:
-    """The needle model's layers at width 32; 3 of up to 8 blocks are chosen in 256 tokens."""
+    """The needle model's layers at width 32; 2 of up to 5 blocks are chosen in 256 tokens."""
     return override(
         presets.needle_2m(),
         {
@@ -88,7 +88,9 @@ def small_mla() -> ModelConfig:
         vocab=64,
         width=32,
         groups=(
-            GroupConfig(layers=(LayerConfig(mixer=mla, ffn=SwiGLUConfig(width=32)),), repeat=2),
+            GroupConfig(
+                layers=(LayerConfig(mixer=mla, ffn=SwiGLUConfig(width=32), conv=3),), repeat=2
+            ),
             GroupConfig(layers=(LayerConfig(mixer=nope, ffn=moe),)),
         ),
         embed_std=1.0,

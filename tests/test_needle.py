@@ -90,7 +90,9 @@ def _foreign(directory):
     [
         (["--haystack", "{tmp}/absent"], "absent"),
         (["--haystack", "{tmp}/empty"], "empty"),
-        (["--haystack", "{text}", "--context", 9_000_000], "40,000 bytes"),
+        (["--haystack", "{text}", "--context", 8_000_000], "40,000 bytes"),
+        (["--haystack", "{text}", "--context", 10**20], "exceeds 8388608 positions"),
+        (["--haystack", "{text}", "--needles", 10**9], "at most 100000"),
         (["--haystack", "{text}", "--ask", "zebra"], "zebra"),
         (["--haystack", "{text}", "--needles", 0], "needles must be at least 1, got 0"),
         (["--haystack", "{text}", "--question", "Well?"], "must contain {word}"),

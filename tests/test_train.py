@@ -11,6 +11,7 @@ import pytest
 
 from experiments.train_needle import loss_of, phases
 from kimijax.data.needles import NeedleTask, batch
+from kimijax.errors import UserError
 from kimijax.model import Model
 from kimijax.ops.attend import local
 from kimijax.optim.muon import build, dimension_numbers
@@ -31,7 +32,7 @@ def made():
     return lambda: init_state(model, optimizer, 0), step
 
 
-def _fit(made, out, stop_at=None):
+def _fit(made, out, stop_at=None, run=None):
     start, step = made
 
     def batch_of(i):
@@ -39,7 +40,7 @@ def _fit(made, out, stop_at=None):
             os.kill(os.getpid(), signal.SIGTERM)
         return batch(TASK, TEXT, 0, i)
 
-    return fit(start(), step, batch_of, STEPS, out, lambda i: TASK.rows * TASK.length)
+    return fit(start(), step, batch_of, STEPS, out, lambda i: TASK.rows * TASK.length, run or {})
 
 
 def test_interrupted_and_resumed_is_uninterrupted(made, tmp_path):
@@ -48,6 +49,8 @@ def test_interrupted_and_resumed_is_uninterrupted(made, tmp_path):
         _fit(made, tmp_path / "cut", stop_at=1)
     resumed = _fit(made, tmp_path / "cut")
     jax.tree.map(np.testing.assert_array_equal, whole, resumed)
+    with pytest.raises(UserError, match="another run"):
+        _fit(made, tmp_path / "cut", run={"seed": 1})
     logs = [(tmp_path / d / "metrics.jsonl").read_text().count("\n") for d in ("whole", "cut")]
     assert logs == [STEPS, STEPS]
 

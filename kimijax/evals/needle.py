@@ -30,8 +30,10 @@ from kimijax.evals.report import heatmap, table
 from kimijax.infer import CHUNK, Step, check_tokens, generate, prefill, programs
 from kimijax.ops.attend import local
 from kimijax.ops.blocks import local_start
+from kimijax.ops.rope import MAX_POSITION
 
 TENTHS = 10
+MOST_NEEDLES = 100_000  # there are no more keys of five digits
 PROBE_CHUNKS, ASK_SECONDS = 8, 600.0  # of the estimate for exact attention
 PROMPT_STEP = 64  # prompts are padded to a multiple of this
 
@@ -56,12 +58,16 @@ class NeedleJob:
         for name, value in (("context", min(self.contexts, default=1)), ("needles", self.needles)):
             if value < 1:
                 raise UserError(f"{name} must be at least 1, got {value}")
+        if max(self.contexts, default=1) > MAX_POSITION:
+            raise UserError(f"context {max(self.contexts)} exceeds {MAX_POSITION} positions")
+        if self.needles > MOST_NEEDLES:
+            raise UserError(f"needles must be at most {MOST_NEEDLES}, got {self.needles}")
         if "{word}" not in self.question:
             raise UserError(f"the question {self.question!r} must contain {{word}}")
         try:
-            self.question.format(word="")
-        except (KeyError, IndexError, ValueError) as error:
-            raise UserError(f"the question {self.question!r} may only use {{word}}") from error
+            self.question.encode()
+        except UnicodeEncodeError as error:
+            raise UserError(f"the question {self.question!r} is not valid text") from error
 
 
 @dataclass
@@ -80,7 +86,7 @@ class Reading:
 def hidden(job: NeedleJob) -> list[tuple[np.ndarray, list[Needle]]]:
     """The documents to read, one per context, with their needles. No jax: fails early."""
     rng = np.random.default_rng(job.seed)
-    limit = max(job.contexts, default=None)
+    limit = max(job.contexts, default=MAX_POSITION + 1)
     text = read_haystack(job.haystack, seed=job.seed, limit=limit)
     if job.ask is not None:
         contexts = job.contexts or (len(text),)
@@ -136,7 +142,7 @@ def _prompt_width(job: NeedleJob, documents) -> int:
 
 
 def _prompt(job: NeedleJob, needle: Needle) -> np.ndarray:
-    return np.frombuffer(job.question.format(word=needle.word).encode(), np.uint8)
+    return np.frombuffer(job.question.replace("{word}", needle.word).encode(), np.uint8)
 
 
 def warm_up(step: Step, params, capacity: int, width: int) -> None:
@@ -206,7 +212,7 @@ def _results(job, cfg, readings: list[Reading], compile_seconds: float, peak: fl
         "compile_seconds": compile_seconds,
         "matmul_peak_flops": peak,
         "peak_rss_gib": metrics.peak_rss_gib(),
-        "job": asdict(job) | {"checkpoint": Path(job.checkpoint).name},
+        "job": asdict(job),
         "by_context": runs,
     }
 
@@ -227,7 +233,9 @@ def _summary(job: NeedleJob, cfg: ModelConfig, r: Reading, peak: float) -> dict:
         "prefill_seconds": seconds,
         "prefill_tokens_per_second": r.context / seconds,
         "seconds_per_token_last_64k": float(np.mean(r.chunk_seconds[-last:])) / job.chunk,
-        "decode_ms_per_token": 1e3 * float(np.median(r.decode_seconds or [np.nan])),
+        "decode_ms_per_token": (
+            1e3 * float(np.median(r.decode_seconds)) if r.decode_seconds else None
+        ),
         "bits_per_token": r.nats / np.log(2) / max(1, r.context - 1),
         "flops": sum(flops.values()),
         "flops_by_part": flops,
@@ -254,23 +262,23 @@ def _by_depth(needles: list[Needle], right: list[bool]) -> list[dict]:
 
 
 def _write(out: Path, results: dict) -> None:
-    """Both files complete or not at all."""
-    with tempfile.NamedTemporaryFile("w", dir=out, suffix=".tmp", delete=False) as f:
-        json.dump(results, f, indent=1)
-    os.replace(f.name, out / "results.json")
-    picture = out / "heatmap.tmp.png"
+    """Both files are complete before either takes its name."""
+    numbers, picture = out / "results.tmp.json", out / "heatmap.tmp.png"
+    numbers.write_text(json.dumps(results, indent=1, allow_nan=False))
     heatmap(results, picture)
     os.replace(picture, out / "heatmap.png")
+    os.replace(numbers, out / "results.json")
 
 
 def writable(out: str) -> Path:
     """The output directory, made if need be; UserError if it cannot be written."""
-    path = Path(out).expanduser()
     try:
+        path = Path(out or "/dev/null").expanduser()
         path.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=path):
             pass
-    except OSError as error:
-        raise UserError(f"--out {out} cannot be written: {error.strerror or error}") from error
+    except (OSError, RuntimeError) as error:
+        why = getattr(error, "strerror", None) or error
+        raise UserError(f"--out {out or repr(out)} cannot be written: {why}") from error
     return path
 

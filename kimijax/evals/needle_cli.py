@@ -57,7 +57,8 @@ def main(args: argparse.Namespace) -> int:
     contexts = args.context or (() if args.haystack else CONTEXTS)
     job = NeedleJob(
         checkpoint=args.checkpoint, contexts=contexts, needles=args.needles, seed=args.seed,
-        haystack=args.haystack, ask=args.ask, question=args.question or QUESTION,
+        haystack=args.haystack, ask=args.ask,
+        question=QUESTION if args.question is None else args.question,
         twins=args.twins, exact=args.attention == "exact", yes=args.yes,
     )
     run(job, writable(args.out))

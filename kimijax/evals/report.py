@@ -19,7 +19,7 @@ def table(results: dict) -> str:
             f"of {r['needles']}{recall}",
             f"  prefill {r['prefill_seconds']:.1f} s = {r['prefill_tokens_per_second']:,.0f} "
             f"tokens/s, {r['flops'] / 1e12:.2f} TFLOP = {r['fraction_of_peak']:.2f} of the matmul "
-            f"peak; decode {r['decode_ms_per_token']:.2f} ms/token",
+            f"peak{_decode(r['decode_ms_per_token'])}",
         ]
     lines.append(
         f"compilation {results['compile_seconds']:.1f} s, peak RSS {results['peak_rss_gib']:.2f} "
@@ -29,6 +29,10 @@ def table(results: dict) -> str:
         q = results["questions"][0]
         lines.append(f"{q['word']}: answered {q['answer']}, stated {q['digits']}")
     return "\n".join(lines)
+
+
+def _decode(milliseconds: float | None) -> str:
+    return "" if milliseconds is None else f"; decode {milliseconds:.2f} ms/token"
 
 
 def _cell(tenth: dict) -> str:
