@@ -96,6 +96,19 @@ def test_any_order_gives_the_permuted_answer(name, ids, rng):
     assert_close(got, want[:, order])
 
 
+def test_any_order_gives_the_same_gradient(ids, rng):
+    model, params = model_and_params("needle")
+    order = jnp.asarray(rng.permutation(T))
+    slots = jnp.broadcast_to(order, (2, T))
+
+    @jax.jit
+    def grads(params, ids, slots):
+        return jax.grad(lambda p: jnp.sum(jnp.sin(model.apply(p, ids, slots=slots).hidden)))(params)
+
+    natural = jnp.broadcast_to(jnp.arange(T), (2, T))
+    assert_close(grads(params, ids[:, order], slots), grads(params, ids, natural))
+
+
 DOCUMENT = 100  # tokens of each of two packed documents; the second starts at a run
 
 
