@@ -84,7 +84,7 @@ class Reading:
 
 
 def hidden(job: NeedleJob) -> list[tuple[np.ndarray, list[Needle]]]:
-    """The documents to read, one per context, with their needles. No jax: fails early."""
+    """The documents to read, one per context, with their needles. Nothing is compiled yet."""
     rng = np.random.default_rng(job.seed)
     limit = max(job.contexts, default=MAX_POSITION + 1)
     text = read_haystack(job.haystack, seed=job.seed, limit=limit)
