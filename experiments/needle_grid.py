@@ -8,13 +8,14 @@ Answer  see the README's results.
 """
 
 import argparse
+import functools
 import json
 from dataclasses import asdict
 from pathlib import Path
 
 from kimijax.cli import run_module
 from kimijax.errors import UserError
-from kimijax.evals.needle_cli import CHECKPOINT, CONTEXTS, lengths
+from kimijax.evals.needle_cli import CHECKPOINT, CONTEXTS, lengths, numbers
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -22,17 +23,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--checkpoints", default=str(CHECKPOINT), metavar="DIR[,DIR...]")
     add("--out", required=True, metavar="DIR")
-    add("--seeds", type=lengths_from_zero, default=(0, 1, 2), metavar="S[,S...]")
+    add("--seeds", type=functools.partial(numbers, least=0), default=(0, 1, 2), metavar="S[,S...]")
     add("--context", type=lengths, default=CONTEXTS, metavar="N[,N...]")
     add("--needles", type=int, default=100)
     add("--twins", action="store_true")
     add("--haystack", metavar="DIR|FILE")
     add("--question", metavar="TEXT")
-
-
-def lengths_from_zero(text: str) -> tuple[int, ...]:
-    """Seeds: whole numbers from 0."""
-    return tuple(n - 1 for n in lengths(",".join(str(int(s) + 1) for s in text.split(","))))
 
 
 def main(args: argparse.Namespace) -> int:
@@ -53,12 +49,20 @@ def main(args: argparse.Namespace) -> int:
                 raise UserError(f"two checkpoints are both called {checkpoint.parent.name}")
             if not (out / "results.json").exists():
                 run(job, out)
-            results = json.loads((out / "results.json").read_text())
-            if results["job"] != json.loads(json.dumps(asdict(job))):
+            results = _results(out / "results.json")
+            if results.get("job") != json.loads(json.dumps(asdict(job))):
                 raise UserError(f"{out} holds the results of another job; give another --out")
             rows.append((out.name, results))
     print(summary(rows))
     return 0
+
+
+def _results(path: Path) -> dict:
+    try:
+        results = json.loads(path.read_text())
+    except ValueError as error:
+        raise UserError(f"{path} is not JSON ({error}); delete it to run its job again") from error
+    return results if isinstance(results, dict) else {}
 
 
 def summary(rows: list[tuple[str, dict]]) -> str:

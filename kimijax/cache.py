@@ -114,7 +114,7 @@ def _lead(layer: LayerConfig) -> int:
             lead = max(w + index.group, taps - 1)
         case _:
             lead = 0
-    return max(lead, layer.conv - 1)
+    return max(lead, layer.conv - 1, 0)
 
 
 def run_length(cfg: ModelConfig) -> int:
@@ -162,7 +162,7 @@ def _state(width: int, layer: LayerConfig, repeat: int, rows: int, size: int, dt
     def zeros(*shape, dtype=dtype):
         return jnp.zeros((repeat, rows, *shape), dtype)
 
-    state = {"conv": zeros(layer.conv - 1, width)} if layer.conv > 1 else {}
+    state = {"conv": zeros(layer.conv - 1, width)} if layer.conv else {}
     match layer.mixer:
         case WindowConfig(kv_heads=g, head_dim=k, window=w):
             state |= {"key": zeros(w, g, k), "value": zeros(w, g, k)}

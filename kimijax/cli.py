@@ -67,7 +67,10 @@ def _run(parser: argparse.ArgumentParser) -> None:
     """Parse, run `main` and exit: 2 and one line for a UserError, a traceback for a bug."""
 
     def parse(argv: list[str]) -> argparse.Namespace:
-        args = parser.parse_args(argv[1:])
+        try:
+            args = parser.parse_args(argv[1:])
+        except flags.Error as error:  # of absl's own flags: --flagfile, --verbosity, ...
+            parser.error(str(error))
         if flags.FLAGS["verbosity"].using_default_value:
             # absl would now switch to INFO, where libraries log every file they touch.
             flags.FLAGS.verbosity = -1

@@ -156,8 +156,8 @@ class LayerConfig:
     conv: int = 0  # taps of a residual depthwise causal convolution before the mixer; 0: none
 
     def __post_init__(self):
-        if not 0 <= self.conv <= 64:
-            raise UserError(f"LayerConfig.conv must be between 0 and 64 taps, got {self.conv!r}")
+        if self.conv != 0 and not 2 <= self.conv <= 64:
+            raise UserError(f"LayerConfig.conv must be 0 or 2 to 64 taps, got {self.conv!r}")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -26,9 +26,8 @@ CHUNK = 2048  # activations stay in cache; larger ones are slower on a CPU
 
 @dataclass(frozen=True)
 class Chunk:
-    """Progress of a prefill: tokens read so far and the seconds the last chunk took."""
+    """Progress of a prefill: what the last chunk read and the seconds it took."""
 
-    done: int
     tokens: int
     seconds: float
     nats: float  # sum over the chunk's predictions of the token that follows
@@ -125,7 +124,7 @@ def prefill(
         began = time.perf_counter()
         cache, nats = step.read(params, cache, ids, np.int32(live))
         nats = float(np.asarray(nats)[0, : len(piece) - 1].sum())
-        on_chunk(Chunk(start + live, live, time.perf_counter() - began, nats))
+        on_chunk(Chunk(live, time.perf_counter() - began, nats))
     return cache
 
 

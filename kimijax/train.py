@@ -141,8 +141,15 @@ def _claim(out: Path, run: dict) -> None:
         temporary = path.with_suffix(".tmp")
         temporary.write_text(json.dumps(run, indent=1))
         temporary.replace(path)
-    elif json.loads(path.read_text()) != json.loads(json.dumps(run)):
+    elif _json(path) != json.loads(json.dumps(run)):
         raise UserError(f"{out} holds another run (see {path}); give this one its own --out")
+
+
+def _json(path: Path):
+    try:
+        return json.loads(path.read_text())
+    except ValueError as error:
+        raise UserError(f"{path} is not JSON: {error}") from error
 
 
 class _Stop:
@@ -169,6 +176,8 @@ def _log_until(path: Path, step: int):
                 entry = json.loads(line)
             except json.JSONDecodeError:
                 break  # a line cut short by a crash; its step is done again
+            if not isinstance(entry, dict) or not isinstance(entry.get("step"), int):
+                raise UserError(f"{path} is no log of a run: it has the line {line[:80]!r}")
             if entry["step"] > step:
                 break
             lines.append(line)

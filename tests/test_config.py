@@ -51,7 +51,7 @@ def test_a_wrong_name_raises_with_the_nearest_right_one(path, message):
         ({"groups.0.layers.0.mixer.heads": 3, "groups.0.layers.0.mixer.kv_heads": 2}, "multiple"),
         ({"groups.1.layers.0.mixer.window": 48}, "must be a multiple of the index block 32"),
         ({"groups.1.layers.0.ffn.normalize": True}, "router cannot learn"),
-        ({"groups.1.layers.0.conv": -3}, "between 0 and 64"),
+        ({"groups.1.layers.0.conv": -3}, "0 or 2 to 64 taps"),
     ],
 )
 def test_values_that_cannot_be_are_refused(change, message):

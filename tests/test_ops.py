@@ -1,7 +1,5 @@
 """Operations that have one right answer: rope, MLA's two forms, experts, FLOPs."""
 
-import dataclasses
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,7 +7,7 @@ import pytest
 
 from kernels_pallas.attention import Queries
 from kimijax import presets
-from kimijax.config import CompressedConfig, WindowConfig
+from kimijax.config import CompressedConfig, WindowConfig, override
 from kimijax.metrics import prefill_flops
 from kimijax.ops.attend import Latents, attend
 from kimijax.ops.moe import combine, dispatch, expert_mlp
@@ -66,6 +64,21 @@ def test_expanded_is_absorbed_forward_and_gradient(rope, rng):
         for form in ("absorbed", "expanded")
     )
     assert_close(got, want)
+
+
+@pytest.mark.parametrize("t, s", [(1, 64), (64, 64), (64, 2048), (512, 512)])
+def test_attend_takes_the_form_of_fewer_flops(t, s):
+    h, n, r = 4, 8, 32
+    shape = lambda *dims, dtype=jnp.float32: jax.ShapeDtypeStruct(dims, dtype)  # noqa: E731
+    at = lambda n: shape(1, n, dtype=jnp.int32)  # noqa: E731
+    q = Queries(shape(1, t, h, n), None, at(t), at(t), at(t))
+    kv = Latents(shape(1, s, r), None, at(s), at(s))
+
+    def flops(form):
+        call = jax.jit(lambda q, kv, up: attend(q, kv, up, scale=0.2, impl="ref", form=form))
+        return call.lower(q, kv, (shape(r, h, n), shape(r, h, n))).cost_analysis()["flops"]
+
+    assert flops(None) == min(flops("expanded"), flops("absorbed"))
 
 
 @pytest.mark.parametrize("k", [1, 2])
@@ -148,5 +161,6 @@ def test_exact_flops_grow_with_the_square():
     cfg = CONFIGS["mla"]()
     a, b = (prefill_flops(cfg, n)["attention"] for n in (1000, 2000))
     assert 3.99 < b / a < 4.01
-    windowed = dataclasses.replace(cfg.groups[0].layers[0].mixer, window=100)
-    assert windowed.scale == cfg.groups[0].layers[0].mixer.scale
+    cfg = override(cfg, {f"groups.{i}.layers.0.mixer.window": 100 for i in range(2)})
+    a, b = (prefill_flops(cfg, n)["attention"] for n in (1000, 2000))
+    assert 2.0 < b / a < 2.1  # a window grows with the length alone

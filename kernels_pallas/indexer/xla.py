@@ -5,6 +5,8 @@ each LANE blocks, the k best lanes, then the k best within those and the k held 
 lower than the tile's, lanes are kept in order and top_k is stable, so ties go to the lower block.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 
@@ -28,8 +30,10 @@ def top_blocks(q, keys, layer, block_pos, block_seg, before, seg, k):
             part = keys[layer]
         else:
             part = jax.lax.dynamic_slice(keys, (layer, 0, start, 0, 0), (1, b, tile, g, i))
-        scores = contract("bmi,bsi->bms", q, part.reshape(b, tile * g, i))
-        scores = scores.reshape(b, m, tile, g).max(-1)
+        # A product per summary key: a maximum over neighbours in memory costs as much as both.
+        part = part.reshape(b, tile, g, i)
+        products = (contract("bmi,bsi->bms", q, part[:, :, key]) for key in range(g))
+        scores = functools.reduce(jnp.maximum, products)
         cut = lambda x: jax.lax.dynamic_slice_in_dim(x, start, tile, 1)[:, None]  # noqa: E731
         ids = start + jnp.arange(tile)
         seen = (cut(block_pos) < before[..., None]) & (cut(block_seg) == seg[..., None])

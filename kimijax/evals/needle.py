@@ -6,6 +6,7 @@ Every needle is the distractor of all others. Words and digits are drawn anew fo
 import json
 import os
 import tempfile
+import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -125,7 +126,7 @@ def run(job: NeedleJob, out: Path) -> dict:
     warm_up(step, params, capacity, width)
     peak = [metrics.matmul_peak()]
     if job.exact:
-        _estimate(job, step, params, capacity, documents)
+        _estimate(job, step, params, capacity, width, documents)
     readings = [
         _read(job, step, params, capacity, width, tokens, needles) for tokens, needles in documents
     ]
@@ -189,21 +190,30 @@ def _recall(cfg: ModelConfig, needle: Needle, chosen: np.ndarray, query: int) ->
     return hits / len(needle.digits)
 
 
-def _estimate(job: NeedleJob, step: Step, params, capacity: int, documents) -> None:
+def _estimate(job: NeedleJob, step: Step, params, capacity: int, width: int, documents) -> None:
     """Print how long exact attention will take, from its first chunks; long ones need --yes."""
-    tokens = max((t for t, _ in documents), key=len)[: PROBE_CHUNKS * job.chunk]
-    chunks = []
-    prefill(step, params, step.empty(1, capacity), tokens, chunks.append)
-    seconds = [c.seconds for c in chunks]
-    if len(seconds) < 3:
-        return
-    # A chunk costs a constant and a part that grows with what lies before it.
-    slope, start = np.polyfit(np.arange(len(seconds)), seconds, 1)
-    places = np.arange(-(-max(len(t) for t, _ in documents) // job.chunk))
-    estimate = float(np.sum(np.maximum(start + slope * places, 0)))
-    print(f"exact attention: about {estimate:,.0f} s for {len(places) * job.chunk:,} tokens")
-    if estimate > ASK_SECONDS and not job.yes:
-        raise UserError(f"exact attention would take about {estimate:,.0f} s; add --yes to run it")
+    longest, needles = max(documents, key=lambda d: len(d[0]))
+    tokens, chunks = longest[: PROBE_CHUNKS * job.chunk], []
+    cache = prefill(step, params, step.empty(1, capacity), tokens, chunks.append)
+    began = time.perf_counter()
+    generate(step, params, cache, _prompt(job, needles[0]), len(needles[0].digits), width)
+    question = time.perf_counter() - began
+    total = sum(
+        _reading_seconds([c.seconds for c in chunks], -(-len(t) // job.chunk))
+        + question * len(asked) * len(t) / len(tokens)
+        for t, asked in documents
+    )
+    print(f"exact attention: about {total:,.0f} s for {sum(len(t) for t, _ in documents):,} tokens")
+    if total > ASK_SECONDS and not job.yes:
+        raise UserError(f"exact attention would take about {total:,.0f} s; add --yes to run it")
+
+
+def _reading_seconds(probe: list[float], chunks: int) -> float:
+    """Seconds of a document of `chunks`, where a chunk costs a constant and a part that grows."""
+    if chunks <= len(probe) or len(probe) < 3:
+        return float(np.mean(probe)) * chunks
+    slope, start = np.polyfit(np.arange(len(probe)), probe, 1)
+    return float(np.sum(np.maximum(start + slope * np.arange(chunks), 0)))
 
 
 def _results(job, cfg, readings: list[Reading], compile_seconds: float, peak: float) -> dict:
@@ -263,6 +273,7 @@ def _by_depth(needles: list[Needle], right: list[bool]) -> list[dict]:
 
 def _write(out: Path, results: dict) -> None:
     """Both files are complete before either takes its name."""
+    out.mkdir(parents=True, exist_ok=True)
     numbers, picture = out / "results.tmp.json", out / "heatmap.tmp.png"
     numbers.write_text(json.dumps(results, indent=1, allow_nan=False))
     heatmap(results, picture)
@@ -271,14 +282,15 @@ def _write(out: Path, results: dict) -> None:
 
 
 def writable(out: str) -> Path:
-    """The output directory, made if need be; UserError if it cannot be written."""
+    """The output directory, not made yet; UserError if it could not be made or written."""
     try:
         path = Path(out or "/dev/null").expanduser()
-        path.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=path):
+        nearest = path
+        while not nearest.exists():
+            nearest = nearest.parent
+        with tempfile.TemporaryFile(dir=nearest):
             pass
     except (OSError, RuntimeError) as error:
         why = getattr(error, "strerror", None) or error
         raise UserError(f"--out {out or repr(out)} cannot be written: {why}") from error
     return path
-

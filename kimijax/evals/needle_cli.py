@@ -36,15 +36,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--out", metavar="DIR", default="runs/needle_2m", help="default: %(default)s")
 
 
-def lengths(text: str) -> tuple[int, ...]:
-    """Whole numbers from 1, ascending, as in 1024,2_097_152."""
+def numbers(text: str, least: int) -> tuple[int, ...]:
+    """Whole numbers from `least`, ascending, as in 1024,2_097_152."""
     try:
         found = tuple(sorted({int(part.replace("_", "")) for part in text.split(",")}))
     except ValueError as error:
         raise argparse.ArgumentTypeError(f"{text!r} is not a list of whole numbers") from error
-    if found[0] < 1:
-        raise argparse.ArgumentTypeError(f"a context must be at least 1, got {found[0]}")
+    if found[0] < least:
+        raise argparse.ArgumentTypeError(f"must be at least {least}, got {found[0]}")
     return found
+
+
+def lengths(text: str) -> tuple[int, ...]:
+    """Contexts in tokens."""
+    return numbers(text, least=1)
 
 
 def main(args: argparse.Namespace) -> int:

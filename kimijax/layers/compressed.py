@@ -57,7 +57,7 @@ class Compressed(nn.Module):
             q = absorb(q, up[0])
             p = attend_local(c, self.ops, q, kv, lead, tokens)
             ids, memory, aux["chosen"] = choose(c, self.ops, x, w_index, stores, tokens, memory)
-            p = merge(p, read_chosen(c, self.ops, q, ids, stores))
+            p = merge(p, read_chosen(c, self.ops, q, ids, stores, tokens))
             p = p._replace(out=values(p.out, up[1]))
         logit = None
         if c.sink is not None:

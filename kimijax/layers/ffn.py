@@ -4,6 +4,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from kimijax.cache import Tokens
 from kimijax.config import MoEConfig, SwiGLUConfig
 from kimijax.layers.base import Proj, fan_in, weight
 from kimijax.ops.moe import combine, dispatch, expert_mlp
@@ -17,7 +18,7 @@ class SwiGLU(nn.Module):
     cfg: SwiGLUConfig
 
     @nn.compact
-    def __call__(self, x):
+    def __call__(self, x, tokens: Tokens):
         d, f = x.shape[-1], self.cfg.width
         gate = Proj((d, f), ("embed", "ffn"), name="gate")("btd,df->btf", x)
         up = Proj((d, f), ("embed", "ffn"), name="up")("btd,df->btf", x)
@@ -34,7 +35,7 @@ class MoE(nn.Module):
     cfg: MoEConfig
 
     @nn.compact
-    def __call__(self, x):
+    def __call__(self, x, tokens: Tokens):
         c, (b, t, d) = self.cfg, x.shape
         flat = x.reshape(b * t, d)
         ids, w = self._route(flat)
@@ -44,9 +45,8 @@ class MoE(nn.Module):
         up = weight(self, "up", (c.experts, d, c.width), axes_in, fan_in(d))
         down = weight(self, "down", (c.experts, c.width, d), axes_out, fan_in(c.width))
         routed = combine(expert_mlp(flat, plan, gate, up, down), plan, w).reshape(b, t, d)
-        shared, _ = SwiGLU(SwiGLUConfig(width=c.shared_width), name="shared")(x)
-        load = jnp.zeros(c.experts, jnp.float32).at[ids.reshape(-1)].add(1.0) / ids.size
-        return routed + shared, {"load": load}
+        shared, _ = SwiGLU(SwiGLUConfig(width=c.shared_width), name="shared")(x, tokens)
+        return routed + shared, {"load": _load(ids, tokens.seg.reshape(-1) >= 0, c.experts)}
 
     def _route(self, x):
         """Expert ids and weights, n k, in float32."""
@@ -63,3 +63,9 @@ class MoE(nn.Module):
         if c.normalize:
             w = w / (w.sum(-1, keepdims=True) + 1e-20)
         return ids, w * c.scaling
+
+
+def _load(ids, live, experts):
+    """Share of each expert in the choices n k of the tokens that are not padding."""
+    counts = jnp.zeros(experts, jnp.float32).at[ids].add(live[:, None].astype(jnp.float32))
+    return counts / jnp.maximum(counts.sum(), 1.0)

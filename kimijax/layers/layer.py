@@ -33,7 +33,7 @@ class Layer(nn.Module):
     def __call__(self, x, tokens: Tokens, memory: Memory | None):
         """x b t d -> (x, memory, what the layer reports of itself)."""
         h = RMSNorm(self.eps, name="norm")(x)
-        if self.cfg.conv > 1:
+        if self.cfg.conv:
             past = None if memory is None else memory.get("conv")
             h, past = Conv(self.cfg.conv, name="conv")(h, past, tokens)
             memory = None if memory is None else memory.put(conv=past)
@@ -41,6 +41,6 @@ class Layer(nn.Module):
         y, memory, seen = mixer(h, tokens, memory)
         x = x + y
         y, loads = FFNS[type(self.cfg.ffn)](self.cfg.ffn, name="ffn")(
-            RMSNorm(self.eps, name="ffn_norm")(x)
+            RMSNorm(self.eps, name="ffn_norm")(x), tokens
         )
         return x + y, memory, {"mixer": seen, "ffn": loads}

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from kernels_pallas.attention import Keys, Queries
-from kernels_pallas.partial import Partial, merge
+from kernels_pallas.partial import Partial, empty, merge
 from kimijax.cache import FAR, Memory, Tokens, place, rows_slice
 from kimijax.config import CompressedConfig
 from kimijax.ops.attend import Latents, Ops
@@ -156,12 +156,23 @@ def choose(
             ids = jnp.take_along_axis(search(leaders), nth[..., None], 1)
         held = jnp.full_like(ids[:, 0], -1) if memory is None else memory.get("choice")
         ids = jnp.where((leader >= 0)[..., None], ids, held[:, None])
+        ids = jnp.where(_same_document(tokens, leader)[..., None], ids, -1)
         open_choice = jnp.take_along_axis(ids, last, 1)[:, 0]
         if tokens.fresh is not None:
             ids = jnp.where(tokens.fresh[..., None], own, ids)
     if memory is not None:
         memory = memory.put(choice=open_choice)
     return ids, memory, _positions(ids, stores)
+
+
+def _same_document(tokens: Tokens, leader: jax.Array) -> jax.Array:
+    """Whether each token is of the segment of the token at place `leader` of the call, b t.
+
+    A choice is handed on within a document only, wherever in a group the next document starts.
+    """
+    seg = jnp.concatenate([tokens.past_seg, tokens.seg], 1)
+    at = jnp.broadcast_to(leader, tokens.seg.shape) + tokens.past_seg.shape[1]
+    return jnp.take_along_axis(seg, at, 1) == tokens.seg
 
 
 def _search(c, ops, q, before, seg, stores) -> jax.Array:
@@ -199,17 +210,26 @@ def _positions(ids: jax.Array, stores: list[Store]) -> jax.Array:
 
 
 def read_chosen(
-    c: CompressedConfig, ops: Ops, q: jax.Array, ids: jax.Array, stores: list[Store]
+    c: CompressedConfig,
+    ops: Ops,
+    q: jax.Array,
+    ids: jax.Array,
+    stores: list[Store],
+    tokens: Tokens,
 ) -> Partial:
     """Absorbed queries b t h r against their chosen blocks in every store."""
     b, t, h, r = q.shape
+    group = t // ids.shape[1]
     tiles = q.reshape(b, ids.shape[1], -1, h, r)
     parts = [
         ops.select(tiles, s.latent, s.layer, local, scale=c.scale)
         for s, local in _within(ids, stores)
     ]
     p = parts[0] if len(parts) == 1 else merge(*parts)
-    return jax.tree.map(lambda a: a.reshape(b, t, *a.shape[3:]), p)
+    p = jax.tree.map(lambda a: a.reshape(b, t, *a.shape[3:]), p)
+    same = _same_document(tokens, jnp.arange(t) // group * group)[..., None]
+    return jax.tree.map(lambda a, e: jnp.where(same if a.ndim == 3 else same[..., None], a, e),
+                        p, empty((b, t, h), r))
 
 
 def attend_local(
