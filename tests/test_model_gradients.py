@@ -27,14 +27,10 @@ def _ids():
 
 
 @functools.cache
-def one_pass(name: str, fresh: bool = False):
+def one_pass(name: str):
     """Gradient of the sum of sines of all hidden states, in one call."""
     model, params = model_and_params(name)
-    marks = jnp.full((2, T), True) if fresh else None
-
-    def loss(params):
-        return jnp.sum(jnp.sin(model.apply(params, _ids(), fresh=marks).hidden))
-
+    loss = lambda params: jnp.sum(jnp.sin(model.apply(params, _ids()).hidden))  # noqa: E731
     return jax.jit(jax.grad(loss))(params)
 
 
@@ -43,19 +39,17 @@ def one_pass(name: str, fresh: bool = False):
 def test_through_the_cache(name, size, ids):
     """Calls of `size` tokens, the cache in the carry of a scan."""
     model, params = model_and_params(name)
-    fresh = size == 1 and name == "needle"  # single tokens choose for themselves
 
     def loss(params):
         def step(cache, piece):
-            marks = jnp.ones(piece.shape, bool) if fresh else None
-            out = model.apply(params, piece, cache=cache, fresh=marks, aligned=size > 1)
+            out = model.apply(params, piece, cache=cache, aligned=size > 1)
             return out.cache, out.hidden
 
         pieces = jnp.moveaxis(ids.reshape(2, -1, size), 1, 0)
         hidden = jax.lax.scan(step, empty_cache(CONFIGS[name](), 2, T), pieces)[1]
         return jnp.sum(jnp.sin(hidden))
 
-    assert_close(jax.jit(jax.grad(loss))(params), one_pass(name, fresh))
+    assert_close(jax.jit(jax.grad(loss))(params), one_pass(name))
 
 
 def test_in_any_order(ids, rng):

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kimijax import presets
+from kimijax import metrics, presets
 from kimijax.checkpoint import save_model
 from kimijax.cli import run_module
 from kimijax.evals.needle_cli import CHECKPOINT, add_arguments, main
@@ -56,6 +56,13 @@ def test_the_shipped_model_finds_what_is_hidden(monkeypatch, capsys, tmp_path, t
     assert not list(tmp_path.glob("*.tmp*"))
 
 
+@pytest.fixture
+def unmeasured(monkeypatch):
+    """The machine's peak is not what a test is about, and measuring it takes seconds."""
+    monkeypatch.setattr(metrics, "matmul_peak", lambda: 1.0)
+
+
+@pytest.mark.usefixtures("unmeasured")
 def test_an_untrained_model_finds_nothing(monkeypatch, capsys, tmp_path, text):
     model = Model(presets.needle_2m(), local())
     init = jax.jit(lambda k: model.init(k, jnp.zeros((1, 1), jnp.int32), method="logits"))
@@ -67,6 +74,7 @@ def test_an_untrained_model_finds_nothing(monkeypatch, capsys, tmp_path, text):
     assert results["exact_match"] <= 0.05
 
 
+@pytest.mark.usefixtures("unmeasured")
 def test_a_key_that_the_files_state_is_answered(monkeypatch, capsys, tmp_path, text):
     own = text.read_bytes()
     own = own[:5000] + b" The pass key for walnut is 40917. " + own[5000 : CONTEXT - 100]

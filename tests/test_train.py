@@ -29,7 +29,8 @@ def made():
     model = Model(small_needle(), local(exact=True))
     optimizer = build(abstract_params(model), optax.constant_schedule(0.01))
     step = make_step(loss_of(model), optimizer, 1e-3)
-    return lambda: init_state(model, optimizer, 0), step
+    state = jax.device_get(init_state(model, optimizer, 0))
+    return lambda: jax.tree.map(jnp.array, state), step  # a copy: the step takes its state's memory
 
 
 def _fit(made, out, stop_at=None, run=None):
