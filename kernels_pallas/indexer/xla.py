@@ -26,14 +26,11 @@ def top_blocks(q, keys, layer, block_pos, block_seg, before, seg, k):
     def step(n, held):
         # The last tile slides back to stay inside; what it sees again is masked.
         start = jnp.minimum(n * tile, c - tile)
-        if tile == c:  # no slice, no copy
-            part = keys[layer]
+        if tile == c:
+            scores = _scores_as_they_lie(q, keys[layer])
         else:
-            part = jax.lax.dynamic_slice(keys, (layer, 0, start, 0, 0), (1, b, tile, g, i))
-        # A product per summary key: a maximum over neighbours in memory costs as much as both.
-        part = part.reshape(b, tile, g, i)
-        products = (contract("bmi,bsi->bms", q, part[:, :, key]) for key in range(g))
-        scores = functools.reduce(jnp.maximum, products)
+            part = jax.lax.dynamic_slice(keys, (layer, 0, start, 0, 0), (1, b, tile, g, i))[0]
+            scores = _scores_key_by_key(q, part)
         cut = lambda x: jax.lax.dynamic_slice_in_dim(x, start, tile, 1)[:, None]  # noqa: E731
         ids = start + jnp.arange(tile)
         seen = (cut(block_pos) < before[..., None]) & (cut(block_seg) == seg[..., None])
@@ -43,6 +40,19 @@ def top_blocks(q, keys, layer, block_pos, block_seg, before, seg, k):
     nothing = (jnp.full((b, m, k), -jnp.inf, jnp.float32), jnp.full((b, m, k), -1, jnp.int32))
     best, ids = jax.lax.fori_loop(0, -(-live // tile), step, nothing)
     return best, jnp.where(jnp.isneginf(best), -1, ids)
+
+
+def _scores_as_they_lie(q, keys):
+    """Block scores b m c of b m i against b c g i, the keys read once and not copied."""
+    b, c, g, i = keys.shape
+    scores = contract("bmi,bsi->bms", q, keys.reshape(b, c * g, i))
+    return scores.reshape(*scores.shape[:2], c, g).max(-1)
+
+
+def _scores_key_by_key(q, keys):
+    """The same for many queries: a maximum over neighbours in memory costs more than a product."""
+    products = (contract("bmi,bsi->bms", q, keys[:, :, n]) for n in range(keys.shape[2]))
+    return functools.reduce(jnp.maximum, products)
 
 
 def _hold(held, scores, start, k):
