@@ -77,10 +77,10 @@ def main(args: argparse.Namespace) -> int:
     from kimijax.data import corpus
     from kimijax.data.needles import batch
     from kimijax.evals.needle import writable
-    from kimijax.model import Model
+    from kimijax.model import Model, abstract_params
     from kimijax.ops.attend import local
     from kimijax.optim.muon import build
-    from kimijax.train import Interrupted, abstract_params, fit, init_state, make_step
+    from kimijax.train import Interrupted, fit, init_state, make_step
 
     if not 0 <= args.seed < 2**32:
         raise UserError(f"--seed must be between 0 and {2**32 - 1}, got {args.seed}")

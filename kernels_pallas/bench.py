@@ -13,12 +13,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kernels_pallas import attention, indexer, select
+from kernels_pallas import attention, indexer, kda, select
 from kernels_pallas.attention import cases as attention_cases
 from kernels_pallas.indexer import cases as indexer_cases
+from kernels_pallas.kda import cases as kda_cases
 from kernels_pallas.select import cases as select_cases
 
-OPS = {"attention": attention_cases, "select": select_cases, "indexer": indexer_cases}
+OPS = {
+    "attention": attention_cases,
+    "select": select_cases,
+    "indexer": indexer_cases,
+    "kda": kda_cases,
+}
 LARGEST_REF = 2**28  # logits; the dense reference of a larger case is not run
 
 
@@ -37,7 +43,12 @@ def rows(names: list[str]):
     """(op, case, impl, milliseconds, GFLOP/s, fraction of the matmul rate)."""
     a = jnp.ones((2048, 2048), jnp.float32)
     peak = 2 * 2048**3 / best_seconds(jax.jit(jnp.matmul), (a, a))
-    impls = {"attention": attention.IMPLS, "select": select.IMPLS, "indexer": indexer.IMPLS}
+    impls = {
+        "attention": attention.IMPLS,
+        "select": select.IMPLS,
+        "indexer": indexer.IMPLS,
+        "kda": kda.IMPLS,
+    }
     for name in names:
         for case, made in OPS[name].CASES.items():
             call, args, flops, logits = made(np.random.default_rng(0))

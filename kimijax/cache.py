@@ -14,7 +14,14 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-from kimijax.config import CompressedConfig, LayerConfig, MLAConfig, ModelConfig, WindowConfig
+from kimijax.config import (
+    CompressedConfig,
+    KDAConfig,
+    LayerConfig,
+    MLAConfig,
+    ModelConfig,
+    WindowConfig,
+)
 
 FAR = jnp.iinfo(jnp.int32).max
 
@@ -112,6 +119,8 @@ def _lead(layer: LayerConfig) -> int:
             lead = w
         case CompressedConfig(window=w, index=index, taps=taps):
             lead = max(w + index.group, taps - 1)
+        case KDAConfig(conv=taps):
+            lead = max(taps - 1, 1)  # even without a convolution it asks what lies before a token
         case _:
             lead = 0
     return max(lead, layer.conv - 1, 0)
@@ -166,9 +175,11 @@ def _state(width: int, layer: LayerConfig, repeat: int, rows: int, size: int, dt
     match layer.mixer:
         case WindowConfig(kv_heads=g, head_dim=k, window=w):
             state |= {"key": zeros(w, g, k), "value": zeros(w, g, k)}
-        case MLAConfig(kv_rank=r, rope=rope):
-            state |= {"latent": zeros(size, r)}
-            state |= {"k_rope": zeros(size, rope.dim)} if rope else {}
+        case MLAConfig(kv_rank=r, rope_dim=p):
+            state |= {"latent": zeros(size, r)} | ({"k_rope": zeros(size, p)} if p else {})
+        case KDAConfig(heads=h, head_dim=k, conv=taps):
+            state |= {"delta": zeros(h, k, k, dtype=jnp.float32)}
+            state |= {"past": zeros(taps - 1, 3, h, k)} if taps > 1 else {}
         case CompressedConfig(kv_rank=r, taps=taps, index=index):
             n = size // index.block
             state |= {

@@ -15,6 +15,11 @@ from kimijax.errors import UserError
 # docstring is the long help; it is imported only once its subcommand is chosen, and leaves jax to
 # its main, so that help and wrong arguments answer at once.
 COMMANDS = (
+    ("describe", "layers, parameters and cache of a preset or a checkpoint",
+     "kimijax.commands.describe"),
+    ("logits", "logits of token arrays", "kimijax.commands.logits"),
+    ("generate", "continue a prompt, a file or token arrays", "kimijax.commands.generate"),
+    ("convert", "Hugging Face weights to an orbax checkpoint, or back", "kimijax.commands.convert"),
     ("needle", "hide needles in up to millions of tokens and ask for them",
      "kimijax.evals.needle_cli"),
 )

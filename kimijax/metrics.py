@@ -8,8 +8,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from kimijax.cache import empty_cache, run_length
 from kimijax.config import (
     CompressedConfig,
+    KDAConfig,
     LayerConfig,
     MLAConfig,
     ModelConfig,
@@ -17,6 +19,7 @@ from kimijax.config import (
     SwiGLUConfig,
     WindowConfig,
 )
+from kimijax.model import parameter_shapes
 
 
 def prefill_flops(cfg: ModelConfig, n: int, exact: bool = False) -> dict[str, float]:
@@ -48,6 +51,8 @@ def _layer_macs(cfg: ModelConfig, layer: LayerConfig, n: int, exact: bool) -> di
             macs["window"] = _window_pairs(n, w.window) * w.heads * 2 * w.head_dim
         case MLAConfig() as a:
             macs["linear"], macs["attention"] = _mla_macs(d, a, n)
+        case KDAConfig() as k:
+            macs["linear"], macs["attention"] = _kda_macs(d, k, n)
         case CompressedConfig() as c:
             macs |= _compressed_macs(d, c, n, exact)
     return macs
@@ -60,7 +65,7 @@ def _window_pairs(n: int, w: int) -> float:
 
 
 def _mla_macs(d: int, a: MLAConfig, n: int) -> tuple[float, float]:
-    rope = a.rope.dim if a.rope else 0
+    rope = a.rope_dim
     query = d * a.q_rank + a.q_rank * a.heads * (a.nope_dim + rope) if a.q_rank else (
         d * a.heads * (a.nope_dim + rope)
     )
@@ -68,6 +73,13 @@ def _mla_macs(d: int, a: MLAConfig, n: int) -> tuple[float, float]:
     pairs = _window_pairs(n, a.window) if a.window else n * (n + 1) / 2
     linear = n * (query + latent + a.heads * a.v_dim * d)
     return linear, pairs * a.heads * (a.nope_dim + rope + a.v_dim)
+
+
+def _kda_macs(d: int, k: KDAConfig, n: int) -> tuple[float, float]:
+    """Projections and gates; the state's decay, correction, update and reading per token."""
+    size = k.heads * k.head_dim
+    low_rank = 2 * k.gate_rank * (d + size)
+    return n * (4 * d * size + low_rank + d * k.heads), n * k.heads * 3 * k.head_dim**2
 
 
 def _compressed_macs(d: int, c: CompressedConfig, n: int, exact: bool) -> dict[str, float]:
@@ -128,3 +140,49 @@ class CompileClock:
     def _add(self, event: str, seconds: float, **_) -> None:
         if event in self.EVENTS:
             self.seconds += seconds
+
+
+def describe(cfg: ModelConfig, dtype: jnp.dtype = jnp.bfloat16) -> dict:
+    """What a model is and costs: layers by kind, parameters, bytes of cache and state.
+
+    A token uses all parameters but those of the experts it is not routed to. The cache is what
+    grows with the tokens read, the state what does not, both for one sequence in `dtype`.
+    """
+    kinds: dict[str, int] = {}
+    for layer in cfg.layers:
+        kind = " + ".join(type(x).__name__.removesuffix("Config") for x in (layer.mixer, layer.ffn))
+        kinds[kind] = kinds.get(kind, 0) + 1
+    total = sum(x.size for x in parameter_shapes(cfg).values())
+    idle = sum(
+        (f.experts - f.top_k) * 3 * f.width * cfg.width
+        for f in (layer.ffn for layer in cfg.layers) if isinstance(f, MoEConfig)
+    )
+    per_token, state = _cache_bytes(cfg, dtype)
+    return {
+        "layers": kinds,
+        "width": cfg.width,
+        "vocab": cfg.vocab,
+        "context": cfg.context,
+        "parameters": total,
+        "active_parameters": total - idle,
+        "active_parameters_without_embedding": total - idle - 2 * cfg.vocab * cfg.width,
+        "cache_dtype": jnp.dtype(dtype).name,
+        "cache_bytes_per_token": per_token,
+        "state_bytes_per_sequence": state,
+    }
+
+
+def _cache_bytes(cfg: ModelConfig, dtype: jnp.dtype) -> tuple[float, int]:
+    """Bytes of layer states: per slot, and what is there whatever the number of slots."""
+    run = run_length(cfg)
+
+    def sizes(slots):
+        cache = jax.eval_shape(lambda: empty_cache(cfg, 1, slots, dtype))
+        return [x.size * x.dtype.itemsize for x in jax.tree.leaves(cache.states)]
+
+    short, long = sizes(run), sizes(2 * run)
+    growing = sum(b - a for a, b in zip(short, long, strict=True)) / run
+    return (
+        int(growing) if growing == int(growing) else growing,
+        sum(a for a, b in zip(short, long, strict=True) if a == b),
+    )

@@ -1,16 +1,18 @@
 """The decoder: embedding, scanned groups of layers, norm, head. A function of values alone."""
 
+import functools
 from typing import NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from flax.traverse_util import flatten_dict
 
 from kimijax.cache import FAR, Cache, Memory, Tokens, Watch, place, rows_slice, run_length
 from kimijax.config import GroupConfig, ModelConfig
 from kimijax.layers.base import RMSNorm, fan_in
 from kimijax.layers.layer import Layer
-from kimijax.ops.attend import Ops
+from kimijax.ops.attend import Ops, local
 
 
 class Output(NamedTuple):
@@ -38,7 +40,7 @@ class Model(nn.Module):
         self.groups = [
             nn.scan(
                 Group,
-                variable_axes={"params": 0},
+                variable_axes={"params": 0, "intermediates": 0},
                 split_rngs={"params": True},
                 in_axes=nn.broadcast,
                 length=g.repeat,
@@ -177,3 +179,17 @@ def _tokens(given, cache, count, watch, aligned) -> tuple[Tokens, Cache | None]:
         past_seg=rows_slice(cache.seg, start, cache.lead),
     )
     return tokens, cache
+
+
+def abstract_params(model: Model):
+    """Shapes, dtypes and dim names of the parameters; nothing is allocated."""
+    ids = jax.ShapeDtypeStruct((1, 1), jnp.int32)
+    init = lambda key, ids: model.init(key, ids, method="logits")  # noqa: E731
+    return jax.eval_shape(init, jax.random.key(0), ids)
+
+
+@functools.lru_cache(maxsize=8)
+def parameter_shapes(cfg: ModelConfig) -> dict[str, jax.ShapeDtypeStruct]:
+    """Name joined by "." -> shape and dtype of every parameter; nothing is allocated."""
+    params = nn.unbox(abstract_params(Model(cfg, local())))["params"]
+    return flatten_dict(params, sep=".")

@@ -33,13 +33,6 @@ class Interrupted(Exception):
     """SIGINT or SIGTERM came; the state is saved and the same command goes on from it."""
 
 
-def abstract_params(model: Model):
-    """Shapes, dtypes and dim names of the parameters; nothing is allocated."""
-    ids = jax.ShapeDtypeStruct((1, 1), jnp.int32)
-    init = lambda key, ids: model.init(key, ids, method="logits")  # noqa: E731
-    return jax.eval_shape(init, jax.random.key(0), ids)
-
-
 def init_state(model: Model, optimizer: optax.GradientTransformation, seed: int) -> TrainState:
     """A fresh state; a function of the seed alone."""
 

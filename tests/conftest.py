@@ -29,9 +29,8 @@ from kimijax.config import (
     SwiGLUConfig,
     override,
 )
-from kimijax.model import Model
+from kimijax.model import Model, abstract_params
 from kimijax.ops.attend import local
-from kimijax.train import abstract_params
 
 # Largest difference over largest value, per dtype. Set once, never loosened.
 TOLERANCE = {jnp.dtype(jnp.float32): 2e-5, jnp.dtype(jnp.bfloat16): 2e-2}
@@ -81,9 +80,10 @@ def small_needle() -> ModelConfig:
 def small_mla() -> ModelConfig:
     """Two MLA layers: with q-LoRA and rope, and NoPE with a direct query; MoE in the second."""
     mla = MLAConfig(
-        heads=4, q_rank=16, kv_rank=16, nope_dim=8, v_dim=8, rope=RopeConfig(theta=1e4, dim=8)
+        heads=4, q_rank=16, kv_rank=16, nope_dim=8, rope_dim=8, v_dim=8,
+        rope=RopeConfig(theta=1e4, dim=8),
     )
-    nope = dataclasses.replace(mla, q_rank=None, rope=None)
+    nope = dataclasses.replace(mla, q_rank=None, rope_dim=0, rope=None)
     moe = MoEConfig(experts=4, top_k=2, width=16, shared_width=16)
     return ModelConfig(
         vocab=64,

@@ -9,9 +9,8 @@ import pytest
 from kimijax import presets
 from kimijax.cache import empty_cache, fork
 from kimijax.infer import Step
-from kimijax.model import Model
+from kimijax.model import Model, abstract_params
 from kimijax.ops.attend import local
-from kimijax.train import abstract_params
 from tests.conftest import CONFIGS, apply_of, assert_close
 
 T = 256

@@ -7,7 +7,7 @@ import pytest
 
 from kernels_pallas.attention import Queries
 from kimijax import presets
-from kimijax.config import CompressedConfig, WindowConfig, override
+from kimijax.config import CompressedConfig, RopeConfig, WindowConfig, override
 from kimijax.metrics import prefill_flops
 from kimijax.ops.attend import Latents, attend
 from kimijax.ops.moe import combine, dispatch, expert_mlp
@@ -17,7 +17,7 @@ from tests.conftest import CONFIGS, assert_close
 
 @pytest.mark.parametrize("pos", [0, 1, 2047, 2048, 131_071, 2_097_151, 4_194_303])
 def test_rope_is_exact_at_any_position(pos):
-    cos, sin = cos_sin(jnp.array([pos]), 50_000.0, 64)
+    cos, sin = cos_sin(jnp.array([pos]), RopeConfig(theta=50_000.0, dim=64))
     angle = pos * 50_000.0 ** (-np.arange(0, 64, 2, dtype=np.float64) / 64)
     assert np.abs(np.asarray(cos, np.float64) - np.cos(angle)).max() < 1e-5
     assert np.abs(np.asarray(sin, np.float64) - np.sin(angle)).max() < 1e-5
@@ -26,8 +26,10 @@ def test_rope_is_exact_at_any_position(pos):
 def test_rope_scores_depend_on_the_distance_alone(rng):
     q, k = (jnp.asarray(rng.normal(size=(1, 16)), jnp.float32) for _ in range(2))
 
+    rope = RopeConfig(theta=1000.0, dim=16)
+
     def score(a, b):
-        turned = [rotate(x, *cos_sin(jnp.array([p]), 1000.0, 16)) for x, p in ((q, a), (k, b))]
+        turned = [rotate(x, *cos_sin(jnp.array([p]), rope)) for x, p in ((q, a), (k, b))]
         return jnp.sum(turned[0] * turned[1])
 
     assert_close(score(2_097_151, 2_097_140), score(11, 0))

@@ -12,10 +12,10 @@ import pytest
 from experiments.train_needle import loss_of, phases
 from kimijax.data.needles import NeedleTask, batch
 from kimijax.errors import UserError
-from kimijax.model import Model
+from kimijax.model import Model, abstract_params
 from kimijax.ops.attend import local
 from kimijax.optim.muon import build, dimension_numbers
-from kimijax.train import Interrupted, abstract_params, balance, fit, init_state, make_step
+from kimijax.train import Interrupted, balance, fit, init_state, make_step
 from tests.conftest import small_needle
 
 TASK = NeedleTask(length=256, rows=2, needles=3, questions=1, watched=4)

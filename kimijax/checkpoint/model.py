@@ -1,15 +1,12 @@
 """A model on disk: config.json and model.safetensors, read as if a stranger had made them."""
 
 import contextlib
-import functools
 import json
 import os
 from collections.abc import Iterable
 from pathlib import Path
 
-import flax.linen as nn
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 from safetensors import SafetensorError, safe_open
@@ -18,8 +15,7 @@ from safetensors.numpy import save_file
 from kimijax.checkpoint.common import brief, describe, difference, sync
 from kimijax.config import ModelConfig, from_dict, to_dict
 from kimijax.errors import UserError
-from kimijax.model import Model
-from kimijax.ops.attend import local
+from kimijax.model import parameter_shapes
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 READ_AS = {"F32": "float32", "BF16": "float32"}
@@ -32,7 +28,7 @@ def save_model(directory: str | os.PathLike, cfg: ModelConfig, params: dict) -> 
     """
     directory = Path(directory)
     flat = flatten_dict(params, sep=".")
-    if wrong := difference(describe(flat), describe(_expected(cfg))):
+    if wrong := difference(describe(flat), describe(parameter_shapes(cfg))):
         raise ValueError(f"these are not the parameters of this config: the tree {wrong}")
     # The library writes memory as it lies, so strided arrays have to be laid out first.
     tensors = {name: np.array(x, np.float32, order="C") for name, x in flat.items()}
@@ -120,7 +116,7 @@ def _build(
 ) -> dict[str, jax.ShapeDtypeStruct]:
     try:
         _refuse_vast(cfg, shapes)
-        return _expected(cfg)
+        return parameter_shapes(cfg)
     except Exception as error:  # whatever tracing stumbles over, the config asked for it
         raise UserError(f"{path}: no model can be built from it: {brief(error)}") from error
 
@@ -153,12 +149,3 @@ def _check_pair(path: Path, metadata: dict[str, str] | None, config: dict) -> No
             f"{path.with_name(CONFIG)}: is not the config that {path.name} was saved with (its "
             f'header holds that, under "config"): put it back, or save the model anew'
         )
-
-
-@functools.lru_cache(maxsize=8)
-def _expected(cfg: ModelConfig) -> dict[str, jax.ShapeDtypeStruct]:
-    """Name -> shape and dtype of every parameter; allocates nothing."""
-    ids = jax.ShapeDtypeStruct((1, 1), jnp.int32)
-    model = Model(cfg, local())
-    init = functools.partial(model.init, method="logits")
-    return flatten_dict(nn.unbox(jax.eval_shape(init, jax.random.key(0), ids))["params"], sep=".")

@@ -17,9 +17,10 @@ def weight(
     shape: tuple[int, ...],
     axes: tuple[str, ...],
     init: Callable,
+    dtype: jnp.dtype = jnp.float32,
 ) -> jax.Array:
-    """A float32 parameter whose dims are named."""
-    return module.param(name, nn.with_logical_partitioning(init, axes), shape, jnp.float32)
+    """A parameter whose dims are named."""
+    return module.param(name, nn.with_logical_partitioning(init, axes), shape, dtype)
 
 
 def fan_in(inputs: int) -> Callable:

@@ -5,11 +5,9 @@ import jax
 import jax.numpy as jnp
 
 from kimijax.cache import Tokens
-from kimijax.config import MoEConfig, SwiGLUConfig
+from kimijax.config import FP8_BLOCK, Fp8Config, Int4Config, MoEConfig, SwiGLUConfig
 from kimijax.layers.base import Proj, fan_in, weight
-from kimijax.ops.moe import combine, dispatch, expert_mlp
-
-TILE = 128  # rows of one expert product
+from kimijax.ops.moe import Experts, Fp8, Int4, combine, dispatch, expert_mlp, tile_rows
 
 
 class SwiGLU(nn.Module):
@@ -27,7 +25,7 @@ class SwiGLU(nn.Module):
 
 
 class MoE(nn.Module):
-    """Sigmoid-scored experts chosen with a correction bias (DeepSeek-V3's noaux_tc, one group).
+    """Sigmoid-scored experts chosen with a correction bias (DeepSeek-V3's noaux_tc).
 
     The bias takes part in the choice alone and has no gradient: training moves it by the load.
     """
@@ -39,14 +37,41 @@ class MoE(nn.Module):
         c, (b, t, d) = self.cfg, x.shape
         flat = x.reshape(b * t, d)
         ids, w = self._route(flat)
-        plan = dispatch(ids, c.experts, min(TILE, b * t * c.top_k))
-        axes_in, axes_out = ("expert", "embed", "ffn"), ("expert", "ffn", "embed")
-        gate = weight(self, "gate", (c.experts, d, c.width), axes_in, fan_in(d))
-        up = weight(self, "up", (c.experts, d, c.width), axes_in, fan_in(d))
-        down = weight(self, "down", (c.experts, c.width, d), axes_out, fan_in(c.width))
+        plan = dispatch(ids, c.experts, tile_rows(ids.size, c.experts))
+        gate, up = (self._experts(n, (d, c.width), ("embed", "ffn")) for n in ("gate", "up"))
+        down = self._experts("down", (c.width, d), ("ffn", "embed"))
         routed = combine(expert_mlp(flat, plan, gate, up, down), plan, w).reshape(b, t, d)
         shared, _ = SwiGLU(SwiGLUConfig(width=c.shared_width), name="shared")(x, tokens)
-        return routed + shared, {"load": _load(ids, tokens.seg.reshape(-1) >= 0, c.experts)}
+        return routed + shared, {
+            "load": _load(ids, tokens.seg.reshape(-1) >= 0, c.experts),
+            "experts": ids.reshape(b, t, -1),
+        }
+
+    def _experts(self, name: str, shape: tuple[int, int], axes: tuple[str, str]) -> Experts:
+        """The matrices (in, out) of all experts, in the form that the config names."""
+        c, (inputs, outputs) = self.cfg, shape
+        empty = nn.initializers.zeros
+        match c.weights:
+            case None:
+                return weight(self, name, (c.experts, *shape), ("expert", *axes), fan_in(inputs))
+            case Int4Config(group=g):
+                if inputs % g or g % 8:
+                    raise ValueError(f"int4 {name}: groups of {g} do not divide {inputs} inputs")
+                made = (("packed", inputs // 8, jnp.int32), ("scale", inputs // g, jnp.bfloat16))
+                kind, rows = Int4, outputs
+            case Fp8Config():
+                blocks = -(-inputs // FP8_BLOCK)
+                made = (("codes", inputs, jnp.float8_e4m3fn), ("scale", blocks, jnp.float32))
+                kind, rows = Fp8, -(-outputs // FP8_BLOCK)
+        axes = ("expert", axes[1], axes[0])
+        return kind(*(
+            weight(
+                self, f"{name}_{part}",
+                (c.experts, outputs if part != "scale" else rows, columns), axes, empty,
+                dtype,
+            )
+            for part, columns, dtype in made
+        ))
 
     def _route(self, x):
         """Expert ids and weights, n k, in float32."""
@@ -58,11 +83,23 @@ class MoE(nn.Module):
             "nd,de->ne", x.astype(jnp.float32), w_router, precision=jax.lax.Precision.HIGHEST
         )
         scores = jax.nn.sigmoid(logits)
-        _, ids = jax.lax.top_k(scores + jax.lax.stop_gradient(bias), c.top_k)
+        biased = _allowed(c, scores + jax.lax.stop_gradient(bias))
+        _, ids = jax.lax.top_k(biased, c.top_k)
         w = jnp.take_along_axis(scores, ids, -1)
         if c.normalize:
             w = w / (w.sum(-1, keepdims=True) + 1e-20)
         return ids, w * c.scaling
+
+
+def _allowed(c: MoEConfig, biased: jax.Array) -> jax.Array:
+    """Biased scores n e, -inf outside the best `top_groups` groups (DeepSeek-V3, eq. 16)."""
+    if c.groups == 1:
+        return biased
+    groups = biased.reshape(-1, c.groups, c.experts // c.groups)
+    best = jax.lax.top_k(groups, 2)[0].sum(-1)
+    _, kept = jax.lax.top_k(best, c.top_groups)
+    keep = jnp.zeros(best.shape, bool).at[jnp.arange(best.shape[0])[:, None], kept].set(True)
+    return jnp.where(keep[..., None], groups, -jnp.inf).reshape(biased.shape)
 
 
 def _load(ids, live, experts):

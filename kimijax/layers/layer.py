@@ -5,6 +5,7 @@ import flax.linen as nn
 from kimijax.cache import Memory, Tokens
 from kimijax.config import (
     CompressedConfig,
+    KDAConfig,
     LayerConfig,
     MLAConfig,
     MoEConfig,
@@ -14,11 +15,12 @@ from kimijax.config import (
 from kimijax.layers.base import Conv, RMSNorm
 from kimijax.layers.compressed import Compressed
 from kimijax.layers.ffn import MoE, SwiGLU
+from kimijax.layers.kda import KDA
 from kimijax.layers.mla import MLA
 from kimijax.layers.window import Window
 from kimijax.ops.attend import Ops
 
-MIXERS = {WindowConfig: Window, MLAConfig: MLA, CompressedConfig: Compressed}
+MIXERS = {WindowConfig: Window, MLAConfig: MLA, CompressedConfig: Compressed, KDAConfig: KDA}
 FFNS = {SwiGLUConfig: SwiGLU, MoEConfig: MoE}
 
 

@@ -24,9 +24,10 @@ class MLA(nn.Module):
         q_nope, q_rope = self._queries(x)
         latent = Proj((d, c.kv_rank), ("embed", "latent"), name="kv")("btd,dr->btr", x)
         latent, k_rope = RMSNorm(c.latent_eps, name="kv_norm")(latent), None
+        if c.rope_dim:
+            k_rope = Proj((d, c.rope_dim), ("embed", "head_dim"), name="k_rope")("btd,dp->btp", x)
         if c.rope:
-            k_rope = Proj((d, c.rope.dim), ("embed", "head_dim"), name="k_rope")("btd,dp->btp", x)
-            cos, sin = cos_sin(tokens.pos, c.rope.theta, c.rope.dim)
+            cos, sin = cos_sin(tokens.pos, c.rope)
             q_rope = rotate(q_rope, cos[:, :, None], sin[:, :, None])
             k_rope = rotate(k_rope, cos, sin)
         up = tuple(
@@ -50,14 +51,14 @@ class MLA(nn.Module):
     def _queries(self, x):
         """b t h n and b t h p (None without rotary part)."""
         c = self.cfg
-        dims = c.nope_dim + (c.rope.dim if c.rope else 0)
+        dims = c.nope_dim + c.rope_dim
         name, width = "embed", x.shape[-1]
         if c.q_rank:
             x = Proj((width, c.q_rank), ("embed", "q_rank"), name="q_down")("btd,dq->btq", x)
             x = RMSNorm(c.latent_eps, name="q_norm")(x)
             name, width = "q_rank", c.q_rank
         q = Proj((width, c.heads, dims), (name, "heads", "head_dim"), name="q")("btd,dhk->bthk", x)
-        return (q[..., : c.nope_dim], q[..., c.nope_dim :] if c.rope else None)
+        return (q[..., : c.nope_dim], q[..., c.nope_dim :] if c.rope_dim else None)
 
 
 def attend_all(

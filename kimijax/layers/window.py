@@ -30,7 +30,7 @@ class Window(nn.Module):
         key = Proj(*kv, name="key")("btd,dgk->btgk", x)
         value = Proj(*kv, name="value")("btd,dgk->btgk", x)
         if c.rope:
-            cos, sin = cos_sin(tokens.pos, c.rope.theta, c.rope.dim)
+            cos, sin = cos_sin(tokens.pos, c.rope)
             q, key = (_rotate_first(a, cos, sin, c.rope.dim) for a in (q, key))
         p = self._attend(q, key, value, tokens, memory)
         if c.sink is not None:

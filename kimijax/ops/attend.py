@@ -11,6 +11,7 @@ import jax.numpy as jnp
 
 from kernels_pallas.attention import Keys, Queries, attention
 from kernels_pallas.indexer import top_blocks
+from kernels_pallas.kda import kda
 from kernels_pallas.partial import Partial
 from kernels_pallas.select import select
 
@@ -80,6 +81,7 @@ class Ops:
     attention: Callable[..., Partial]
     select: Callable[..., Partial]
     top_blocks: Callable[..., tuple[jax.Array, jax.Array]]
+    kda: Callable[..., tuple[jax.Array, jax.Array]]
     exact: bool = False  # compressed layers read all of the past instead of chosen blocks
 
 
@@ -91,5 +93,6 @@ def local(impl: str = "xla", exact: bool = False) -> Ops:
         attention=partial(attention, impl=impl),
         select=partial(select, impl=impl),
         top_blocks=partial(top_blocks, impl=impl),
+        kda=partial(kda, impl=impl),
         exact=exact,
     )

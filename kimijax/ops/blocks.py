@@ -161,7 +161,8 @@ def choose(
         if tokens.fresh is not None:
             ids = jnp.where(tokens.fresh[..., None], own, ids)
     if memory is not None:
-        memory = memory.put(choice=open_choice)
+        some = tokens.used[:, None] > 0  # a row of padding leaves the open group's choice alone
+        memory = memory.put(choice=jnp.where(some, open_choice, memory.get("choice")))
     return ids, memory, _positions(ids, stores)
 
 

@@ -9,6 +9,10 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from kimijax.config import FP8_BLOCK
+
+LARGEST_TILE = 128
+
 
 class Dispatch(NamedTuple):
     """Where each (token, choice) went."""
@@ -19,11 +23,20 @@ class Dispatch(NamedTuple):
     live: jax.Array  # tiles   the tile has rows
 
 
+def tile_rows(rows: int, experts: int) -> int:
+    """Rows of a tile, a power of two: with an even load, at most 1.3x the needed rows are computed.
+
+    An expert's last tile is half padding on average.
+    """
+    most = max(1, int(0.6 * rows / experts))
+    return min(LARGEST_TILE, 1 << (most.bit_length() - 1))
+
+
 def dispatch(ids: jax.Array, experts: int, tile: int) -> Dispatch:
     """Plan the tiles for expert choices `ids` n k."""
     n, k = ids.shape
     flat = ids.reshape(-1)
-    tiles = -(-n * k // tile) + experts
+    tiles = (n * k + min(experts, n * k) * (tile - 1)) // tile  # what the worst load needs
     order = jnp.argsort(flat, stable=True)
     counts = jnp.zeros(experts, jnp.int32).at[flat].add(1)
     padded = -(-counts // tile) * tile
@@ -37,10 +50,46 @@ def dispatch(ids: jax.Array, experts: int, tile: int) -> Dispatch:
     return Dispatch(slot.reshape(n, k), source, expert, starts < ends[-1])
 
 
+class Int4(NamedTuple):
+    """Matrices as the hub packs them: [out, in] in 4 bits, a scale per group of inputs."""
+
+    packed: jax.Array  # e out in/8   int32, lowest bits first, stored as value + 8
+    scale: jax.Array  # e out in/group
+
+
+class Fp8(NamedTuple):
+    """Matrices as the hub stores them: [out, in] float8_e4m3fn, a scale per square block."""
+
+    codes: jax.Array  # e out in
+    scale: jax.Array  # e ceil(out/block) ceil(in/block)   multiplied, whatever its hub name says
+
+
+Experts = jax.Array | Int4 | Fp8  # e in out, or a packed form of it
+
+
+def matrix(experts: Experts, expert: jax.Array, dtype: jnp.dtype) -> jax.Array:
+    """One expert's matrix [in, out] in the dtype of the activations."""
+    match experts:
+        case Int4(packed=packed, scale=scale):
+            shifts = 4 * jnp.arange(8, dtype=jnp.int32)
+            codes = (packed[expert][..., None] >> shifts & 15) - 8  # out in/8 8
+            codes = codes.reshape(*scale.shape[1:], -1).astype(jnp.float32)
+            w = codes * scale[expert].astype(jnp.float32)[..., None]
+            return w.reshape(w.shape[0], -1).T.astype(dtype)
+        case Fp8(codes=codes, scale=scale):
+            rows, columns = codes.shape[1:]
+            spread = jnp.repeat(jnp.repeat(scale[expert], FP8_BLOCK, 0), FP8_BLOCK, 1)
+            return (codes[expert].astype(jnp.float32) * spread[:rows, :columns]).T.astype(dtype)
+    return experts[expert].astype(dtype)
+
+
 def expert_mlp(
-    x: jax.Array, plan: Dispatch, gate: jax.Array, up: jax.Array, down: jax.Array
+    x: jax.Array, plan: Dispatch, gate: Experts, up: Experts, down: Experts
 ) -> jax.Array:
-    """SwiGLU of each row's expert: x n d, gate and up e d f, down e f d -> rows of the buffer."""
+    """SwiGLU of each row's expert: x n d, gate and up e d f, down e f d -> rows of the buffer.
+
+    Packed matrices are expanded one expert at a time.
+    """
     n, d = x.shape
     tile = plan.source.shape[0] // plan.expert.shape[0]
     padded = jnp.concatenate([x, jnp.zeros((1, d), x.dtype)])
@@ -50,8 +99,9 @@ def expert_mlp(
         row, expert, live = xs
 
         def use():
-            h = jax.nn.silu(row @ gate[expert].astype(x.dtype)) * (row @ up[expert].astype(x.dtype))
-            return h @ down[expert].astype(x.dtype)
+            h = jax.nn.silu(row @ matrix(gate, expert, x.dtype))
+            h = h * (row @ matrix(up, expert, x.dtype))
+            return h @ matrix(down, expert, x.dtype)
 
         return None, jax.lax.cond(live, use, lambda: jnp.zeros_like(row))
 

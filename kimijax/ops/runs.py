@@ -31,6 +31,13 @@ def shifts(
     return out, None if past is None else keep_last(past, x, tokens.used)
 
 
+def begins(tokens: Tokens) -> jax.Array:
+    """b t: the token before this one in the row is not the one before it in its document."""
+    pos, seg = _history(tokens, 1)
+    follows = (pos[:, :-1] == tokens.pos - 1) & (seg[:, :-1] == tokens.seg)
+    return ~follows & (tokens.seg >= 0)
+
+
 def _history(tokens: Tokens, n: int) -> tuple[jax.Array, jax.Array]:
     """Positions and segments of the n slots before the call and of the call, b n+t."""
     short = max(0, n - tokens.past_pos.shape[1])

@@ -1,0 +1,1 @@
+"""The subcommands of `kimijax`: options and one visible flow each; the work is done below."""

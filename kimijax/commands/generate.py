@@ -1,0 +1,132 @@
+"""Continue a prompt, a file, or token arrays.
+
+  kimijax generate --checkpoint DIR --prompt TEXT --max_new 100
+  kimijax generate --checkpoint DIR --tokens IN.npy --out OUT.npy --max_new 16
+IN is int32 [B, T]; OUT is int32 [B, T + N], the prompt first. Text is printed as it comes, until
+an end token of the checkpoint or a --stop. Without --temperature the likeliest token is taken.
+"""
+
+import argparse
+
+DTYPES = ("float32", "bfloat16")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of `kimijax generate`."""
+    add = parser.add_argument
+    add("--checkpoint", required=True, metavar="DIR")
+    prompt = parser.add_mutually_exclusive_group(required=True)
+    prompt.add_argument("--tokens", metavar="IN.npy", help="int32 [B, T]; needs --out")
+    prompt.add_argument("--prompt", metavar="TEXT")
+    prompt.add_argument("--file", metavar="F", help="a text file")
+    add("--out", metavar="OUT.npy", help="int32 [B, T + N], with --tokens")
+    add("--chat", action="store_true", help="the text is a user's message, answered as one")
+    add("--max_new", type=int, required=True, metavar="N", help="tokens to add")
+    add("--temperature", type=float, default=0.0, help="0 (default): the likeliest token")
+    add("--top_k", type=int, metavar="K", help="choose among the K likeliest")
+    add("--top_p", type=float, metavar="P", help="choose among the likeliest that sum to P")
+    add("--min_p", type=float, metavar="P", help="leave out what is below P times the likeliest")
+    add("--repetition_penalty", type=float, default=1.0, help="above 1: repeat less")
+    add("--seed", type=int, default=0, help="the same seed gives the same tokens")
+    add("--stop", action="append", default=[], metavar="TEXT", help="end before this; repeatable")
+    add("--stop_ids", type=_ids, default=(), metavar="ID[,ID...]", help="end at these tokens")
+    add("--dtype", choices=DTYPES, default="float32", help="of weights and activations")
+    add("--weights", choices=("expand", "keep"), default="expand",
+        help="keep: quantised experts stay as stored and are expanded tile by tile")
+
+
+def _ids(text: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a list of whole numbers") from error
+
+
+def main(args: argparse.Namespace) -> int:
+    """Load, read the prompt, print or write what follows."""
+    from kimijax.errors import UserError
+    from kimijax.sampling import Sampling
+
+    if args.max_new < 1:
+        raise UserError(f"--max_new must be at least 1, got {args.max_new}")
+    if (args.tokens is None) != (args.out is None):
+        raise UserError("--tokens and --out go together: arrays in, arrays out")
+    sampling = Sampling(
+        temperature=args.temperature, top_k=args.top_k, top_p=args.top_p, min_p=args.min_p,
+        repetition_penalty=args.repetition_penalty, seed=args.seed,
+    )
+    return (_arrays if args.tokens else _text)(args, sampling)
+
+
+def _arrays(args: argparse.Namespace, sampling) -> int:
+    """Token arrays in, token arrays out; a row that met a stop id repeats it to its end."""
+    import jax.numpy as jnp
+    import numpy as np
+    from tqdm import tqdm
+
+    from kimijax.commands.arrays import new_array, read_tokens
+    from kimijax.convert.load import load, read_config
+    from kimijax.generate import decoder, generate
+    from kimijax.ops.attend import local
+
+    ids = read_tokens(args.tokens, read_config(args.checkpoint).vocab)
+    rows, length = ids.shape
+    with new_array(args.out, (rows, length + args.max_new), np.int32) as out:
+        loaded = load(args.checkpoint, args.dtype, keep=args.weights == "keep")
+        programs = decoder(loaded.cfg, local(), sampling, jnp.dtype(args.dtype))
+        out[:, :length] = ids
+        tokens = generate(programs, loaded.params, list(ids), args.max_new)
+        stopped = np.zeros(rows, bool)
+        for i, token in enumerate(tqdm(tokens, total=args.max_new, unit="tok")):
+            out[:, length + i] = np.where(stopped, out[:, length + i - 1], token)
+            stopped |= np.isin(token, args.stop_ids)
+            if stopped.all():
+                out[:, length + i + 1 :] = out[:, length + i, None]
+                break
+    return 0
+
+
+def _text(args: argparse.Namespace, sampling) -> int:
+    """Text in, text on the terminal as it comes."""
+    import jax.numpy as jnp
+    import numpy as np
+
+    from kimijax.convert.load import load
+    from kimijax.data.chat import encode_chat
+    from kimijax.data.tokenizer import StreamDecoder, load_tokenizer
+    from kimijax.generate import decoder, generate
+    from kimijax.ops.attend import local
+    from kimijax.sampling import StopStream
+
+    tokenizer = load_tokenizer(args.checkpoint)
+    text = _prompt(args)
+    if args.chat:
+        ids = encode_chat(tokenizer, [{"role": "user", "content": text}])
+    else:
+        ids = tokenizer.encode(text)
+    loaded = load(args.checkpoint, args.dtype, keep=args.weights == "keep")
+    programs = decoder(loaded.cfg, local(), sampling, jnp.dtype(args.dtype))
+    ends = {*args.stop_ids, *tokenizer.eos}
+    pieces, stops = StreamDecoder(tokenizer), StopStream(args.stop)
+    for token in generate(programs, loaded.params, [np.array(ids, np.int32)], args.max_new):
+        if int(token[0]) in ends:
+            break
+        print(stops.push(pieces.push(int(token[0]))), end="", flush=True)
+        if stops.stopped:
+            break
+    if not stops.stopped:
+        print(stops.push(pieces.flush()) + stops.flush(), end="")
+    print()
+    return 0
+
+
+def _prompt(args: argparse.Namespace) -> str:
+    from kimijax.errors import UserError
+
+    if args.file is None:
+        return args.prompt
+    try:
+        with open(args.file, encoding="utf-8", errors="strict") as file:
+            return file.read()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"--file {args.file}: cannot be read as text: {error}") from error

@@ -1,0 +1,46 @@
+"""Logits of every position of token arrays.
+
+  kimijax logits --checkpoint DIR --tokens IN.npy --out OUT.npy
+IN is int32 [B, T]; OUT is float32 [B, T, V]. DIR is a Hugging Face directory or one of ours.
+"""
+
+import argparse
+
+DTYPES = ("float32", "bfloat16")
+PIECE = 1024  # tokens whose logits are held at a time
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of `kimijax logits`."""
+    add = parser.add_argument
+    add("--checkpoint", required=True, metavar="DIR")
+    add("--tokens", required=True, metavar="IN.npy", help="int32 [B, T]")
+    add("--out", required=True, metavar="OUT.npy", help="float32 [B, T, V]")
+    add("--dtype", choices=DTYPES, default="float32", help="of weights and activations")
+    add("--weights", choices=("expand", "keep"), default="expand",
+        help="keep: quantised experts stay as stored and are expanded tile by tile")
+
+
+def main(args: argparse.Namespace) -> int:
+    """Read a row at a time, write its logits piece by piece."""
+    import jax
+    import jax.numpy as jnp
+    import numpy as np
+    from tqdm import tqdm
+
+    from kimijax.commands.arrays import new_array, read_tokens
+    from kimijax.convert.load import load
+    from kimijax.model import Model
+    from kimijax.ops.attend import local
+
+    loaded = load(args.checkpoint, args.dtype, keep=args.weights == "keep")
+    ids = read_tokens(args.tokens, loaded.cfg.vocab)
+    model = Model(loaded.cfg, local(), jnp.dtype(args.dtype))
+    hidden = jax.jit(lambda p, x: model.apply(p, x).hidden)
+    head = jax.jit(lambda p, x: model.apply(p, x, method="head"))
+    with new_array(args.out, (*ids.shape, loaded.cfg.vocab), np.float32) as out:
+        for row in tqdm(range(len(ids)), unit="row"):
+            states = hidden(loaded.params, ids[row : row + 1])
+            for at in range(0, ids.shape[1], PIECE):
+                out[row, at : at + PIECE] = head(loaded.params, states[0, at : at + PIECE])
+    return 0

@@ -1,0 +1,1 @@
+"""Foreign checkpoints: their files, their names and their quantised formats."""

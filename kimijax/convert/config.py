@@ -1,0 +1,336 @@
+"""Hugging Face config.json to a model configuration and back.
+
+Both spellings are read: that of the hub (rope_theta and rope_scaling, counted layer lists) and
+that of transformers 5 (rope_parameters, layer_types). Whatever would change the model and is not
+supported is refused by name; nothing is guessed.
+"""
+
+import math
+
+from kimijax.config import (
+    KDAConfig,
+    MLAConfig,
+    ModelConfig,
+    MoEConfig,
+    RopeConfig,
+    SwiGLUConfig,
+    YarnConfig,
+)
+from kimijax.errors import UserError
+from kimijax.presets import decoder
+
+DEEPSEEK = ("deepseek_v3", "kimi_k2")
+LINEAR = "kimi_linear"
+WRAPPER = "kimi_k25"  # text beside vision: the language model is in text_config
+MOST_LAYERS = 10_000
+
+# Settings that would change the model, with the one value that is supported.
+FIXED = {
+    "hidden_act": "silu",
+    "attention_bias": False,
+    "tie_word_embeddings": False,
+    "scoring_func": "sigmoid",
+    "topk_method": "noaux_tc",
+    "moe_router_activation_func": "sigmoid",
+    "moe_layer_freq": 1,
+    "mla_use_nope": True,
+    "rope_interleave": True,
+}
+
+
+def from_hub(data: dict) -> ModelConfig:
+    """The configuration of a hub model; UserError names the key and the value."""
+    text = text_config(data)
+    for key, want in FIXED.items():
+        if text.get(key, want) != want:
+            raise UserError(f"{key} {text[key]!r} is not supported, only {want!r}")
+    if text.get("num_key_value_heads", text.get("num_attention_heads")) != _int(
+        text, "num_attention_heads"
+    ):
+        raise UserError(
+            f"num_key_value_heads {text['num_key_value_heads']!r} differs from "
+            "num_attention_heads: MLA has one latent for all heads"
+        )
+    linear = text["model_type"] == LINEAR
+    eps = _number(text, "rms_norm_eps", 1e-6)
+    return decoder(
+        vocab=_int(text, "vocab_size"),
+        width=_int(text, "hidden_size"),
+        mixers=_hybrid(text, eps) if linear else (_mla(text, _rope(text)),) * _layers(text),
+        dense=_int(text, "first_k_dense_replace", 0, least=0),
+        ffn=SwiGLUConfig(width=_int(text, "intermediate_size")),
+        moe=_moe(text, linear),
+        norm_eps=eps,
+        context=_int(text, "model_max_length" if linear else "max_position_embeddings"),
+    )
+
+
+def text_config(data: dict) -> dict:
+    """The part of a config.json that describes the language model."""
+    if not isinstance(data, dict):
+        raise UserError(f"a config must be a JSON object, not a {type(data).__name__}")
+    kind = data.get("model_type")
+    text = data.get("text_config") if kind == WRAPPER else data
+    if not isinstance(text, dict):
+        raise UserError(f"text_config must be an object, got {text!r}")
+    inner = text.get("model_type")
+    if inner not in (*DEEPSEEK, LINEAR) or (kind == WRAPPER and inner not in DEEPSEEK):
+        known = ", ".join((*DEEPSEEK, LINEAR, WRAPPER))
+        raise UserError(f"model_type {inner!r} is not supported: there are {known}")
+    return text
+
+
+def _layers(text: dict) -> int:
+    n = _int(text, "num_hidden_layers")
+    if n > MOST_LAYERS:
+        raise UserError(f"num_hidden_layers {n} exceeds {MOST_LAYERS}")
+    return n
+
+
+def _mla(text: dict, rope: RopeConfig | None) -> MLAConfig:
+    return MLAConfig(
+        heads=_int(text, "num_attention_heads"),
+        q_rank=None if text.get("q_lora_rank") is None else _int(text, "q_lora_rank"),
+        kv_rank=_int(text, "kv_lora_rank"),
+        nope_dim=_int(text, "qk_nope_head_dim"),
+        rope_dim=_int(text, "qk_rope_head_dim"),
+        v_dim=_int(text, "v_head_dim"),
+        rope=rope,
+    )
+
+
+def _hybrid(text: dict, eps: float) -> tuple[MLAConfig | KDAConfig, ...]:
+    """One mixer per layer of Kimi Linear."""
+    n, full = _layers(text), full_attention_layers(text)
+    linear = _object(text, "linear_attn_config")
+    kda = KDAConfig(
+        heads=_int(linear, "num_heads"),
+        head_dim=_int(linear, "head_dim"),
+        conv=_int(linear, "short_conv_kernel_size"),
+        gate_rank=_int(linear, "head_dim"),
+        norm_eps=eps,
+    )
+    mla = _mla(text, None)
+    return tuple(mla if i in full else kda for i in range(n))
+
+
+def full_attention_layers(text: dict) -> set[int]:
+    """Layers of full attention, counted from 0; the released lists count from 1.
+
+    A config without the lists is refused: the default of the reference is not the released layout.
+    """
+    n, linear = _layers(text), _object(text, "linear_attn_config")
+    full, kda = (linear.get(k) for k in ("full_attn_layers", "kda_layers"))
+    for name, layers in (("full_attn_layers", full), ("kda_layers", kda)):
+        if not isinstance(layers, list) or not all(type(i) is int for i in layers):
+            raise UserError(f"linear_attn_config.{name} must be a list of layers, got {layers!r}")
+    if sorted([*full, *kda]) != list(range(1, n + 1)):
+        raise UserError(
+            f"linear_attn_config: full_attn_layers {full} and kda_layers {kda} must hold every "
+            f"layer from 1 to {n} once"
+        )
+    types = text.get("layer_types")
+    want = ["full_attention" if i + 1 in full else "linear_attention" for i in range(n)]
+    if types is not None and types != want:
+        raise UserError(f"layer_types {types} contradicts linear_attn_config")
+    return {i - 1 for i in full}
+
+
+def _moe(text: dict, linear: bool) -> MoEConfig:
+    names = (
+        ("num_experts", "num_experts_per_token", "num_shared_experts", "num_expert_group",
+         "moe_renormalize")
+        if linear
+        else ("n_routed_experts", "num_experts_per_tok", "n_shared_experts", "n_group",
+              "norm_topk_prob")
+    )
+    experts, top_k, shared, groups, renormalize = names
+    width = _int(text, "moe_intermediate_size")
+    normalize = text.get(renormalize, True)
+    if not isinstance(normalize, bool):
+        raise UserError(f"{renormalize} must be true or false, got {normalize!r}")
+    return MoEConfig(
+        experts=_int(text, experts),
+        top_k=_int(text, top_k),
+        width=width,
+        shared_width=_int(text, shared) * width,
+        groups=_int(text, groups, 1),
+        top_groups=_int(text, "topk_group", 1),
+        normalize=normalize,
+        scaling=_number(text, "routed_scaling_factor", 1.0),
+    )
+
+
+def _rope(text: dict) -> RopeConfig:
+    """From rope_parameters (transformers 5), or rope_theta and rope_scaling (hub)."""
+    modern = text.get("rope_parameters")
+    scaling = modern if modern is not None else text.get("rope_scaling")
+    scaling = {} if scaling is None else scaling
+    if not isinstance(scaling, dict):
+        raise UserError(f"rope scaling must be an object, got {scaling!r}")
+    theta = _number(scaling if "rope_theta" in scaling else text, "rope_theta", 10_000.0)
+    kind = scaling.get("rope_type", scaling.get("type", "default"))
+    if kind not in ("default", "yarn"):
+        raise UserError(f"rope type {kind!r} is not supported: there are 'default' and 'yarn'")
+    yarn = _yarn(text, scaling) if kind == "yarn" else None
+    return RopeConfig(theta=theta, dim=_int(text, "qk_rope_head_dim"), yarn=yarn)
+
+
+def _yarn(text: dict, scaling: dict) -> YarnConfig:
+    context = _int(text, "max_position_embeddings")
+    original = _int(scaling, "original_max_position_embeddings", context)
+    optional = {
+        name: _number(scaling, name)
+        for name in ("mscale", "mscale_all_dim", "attention_factor")
+        if scaling.get(name) is not None
+    }
+    return YarnConfig(
+        factor=_number(scaling, "factor", context / original),
+        original=original,
+        beta_fast=_number(scaling, "beta_fast", 32.0) or 32.0,
+        beta_slow=_number(scaling, "beta_slow", 1.0) or 1.0,
+        **optional,
+    )
+
+
+def _object(data: dict, key: str) -> dict:
+    value = data.get(key)
+    if not isinstance(value, dict):
+        raise UserError(f"{key} must be an object, got {value!r}")
+    return value
+
+
+def _int(data: dict, key: str, default: int | None = None, least: int = 1) -> int:
+    value = data.get(key)
+    value = default if value is None else value
+    if type(value) is not int or value < least:
+        raise UserError(f"{key} must be a whole number from {least}, got {value!r}")
+    return value
+
+
+def _number(data: dict, key: str, default: float | None = None) -> float:
+    value = data.get(key)
+    value = default if value is None else value
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        raise UserError(f"{key} must be a number, got {value!r}")
+    return float(value)
+
+
+def to_hub(cfg: ModelConfig) -> dict:
+    """config.json of a model in the hub's spelling, which transformers loads.
+
+    UserError if the model is none that the hub's classes describe.
+    """
+    mixers = [layer.mixer for layer in cfg.layers]
+    mla = next((m for m in mixers if isinstance(m, MLAConfig)), None)
+    kda = next((m for m in mixers if isinstance(m, KDAConfig)), None)
+    dense = [layer.ffn for layer in cfg.layers if isinstance(layer.ffn, SwiGLUConfig)]
+    moe = next((x.ffn for x in cfg.layers if isinstance(x.ffn, MoEConfig)), None)
+    if mla is None or moe is None or not dense or cfg.context is None:
+        raise UserError(
+            "this model has no hub form: it needs MLA layers, a dense first layer, experts and a "
+            "context"
+        )
+    common = _common(cfg, mla, moe, dense[0], len(dense))
+    data = common | (_deepseek_keys(cfg, mla, moe) if kda is None else _linear_keys(cfg, kda, moe))
+    if from_hub(data) != _described(cfg):
+        raise UserError("this model has no hub form: its layers differ in more than their kind")
+    return data
+
+
+def _described(cfg: ModelConfig) -> ModelConfig:
+    """`cfg` without what a hub config does not hold."""
+    return ModelConfig(
+        vocab=cfg.vocab, width=cfg.width, groups=cfg.groups, norm_eps=cfg.norm_eps,
+        context=cfg.context,
+    )
+
+
+def _common(cfg, mla: MLAConfig, moe: MoEConfig, ffn: SwiGLUConfig, dense: int) -> dict:
+    return {
+        "vocab_size": cfg.vocab,
+        "hidden_size": cfg.width,
+        "num_hidden_layers": len(cfg.layers),
+        "num_attention_heads": mla.heads,
+        "num_key_value_heads": mla.heads,
+        "q_lora_rank": mla.q_rank,
+        "kv_lora_rank": mla.kv_rank,
+        "qk_nope_head_dim": mla.nope_dim,
+        "qk_rope_head_dim": mla.rope_dim,
+        "v_head_dim": mla.v_dim,
+        "intermediate_size": ffn.width,
+        "moe_intermediate_size": moe.width,
+        "first_k_dense_replace": dense,
+        "moe_layer_freq": 1,
+        "topk_group": moe.top_groups,
+        "routed_scaling_factor": moe.scaling,
+        "rms_norm_eps": cfg.norm_eps,
+        "hidden_act": "silu",
+        "tie_word_embeddings": False,
+        "use_cache": True,
+    }
+
+
+def _deepseek_keys(cfg, mla: MLAConfig, moe: MoEConfig) -> dict:
+    return {
+        "architectures": ["DeepseekV3ForCausalLM"],
+        "model_type": "deepseek_v3",
+        "n_routed_experts": moe.experts,
+        "num_experts_per_tok": moe.top_k,
+        "n_shared_experts": moe.shared_width // moe.width,
+        "n_group": moe.groups,
+        "norm_topk_prob": moe.normalize,
+        "scoring_func": "sigmoid",
+        "topk_method": "noaux_tc",
+        "attention_bias": False,
+        "num_nextn_predict_layers": 0,
+        "max_position_embeddings": cfg.context,
+        **_rope_keys(mla.rope),
+    }
+
+
+def _rope_keys(rope: RopeConfig | None) -> dict:
+    if rope is None:
+        raise UserError("this model has no hub form: MLA without rotary positions and without KDA")
+    if rope.yarn is None:
+        return {"rope_theta": rope.theta, "rope_scaling": None}
+    y = rope.yarn
+    scaling = {
+        "type": "yarn",
+        "factor": y.factor,
+        "original_max_position_embeddings": y.original,
+        "beta_fast": y.beta_fast,
+        "beta_slow": y.beta_slow,
+    }
+    for name in ("mscale", "mscale_all_dim", "attention_factor"):
+        if getattr(y, name) is not None:
+            scaling[name] = getattr(y, name)
+    return {"rope_theta": rope.theta, "rope_scaling": scaling}
+
+
+def _linear_keys(cfg, kda: KDAConfig, moe: MoEConfig) -> dict:
+    full = [i + 1 for i, x in enumerate(cfg.layers) if isinstance(x.mixer, MLAConfig)]
+    rest = [i + 1 for i, x in enumerate(cfg.layers) if isinstance(x.mixer, KDAConfig)]
+    return {
+        "architectures": ["KimiLinearForCausalLM"],
+        "model_type": LINEAR,
+        "head_dim": kda.head_dim,
+        "num_experts": moe.experts,
+        "num_experts_per_token": moe.top_k,
+        "num_shared_experts": moe.shared_width // moe.width,
+        "num_expert_group": moe.groups,
+        "use_grouped_topk": True,
+        "moe_renormalize": moe.normalize,
+        "moe_router_activation_func": "sigmoid",
+        "mla_use_nope": True,
+        "model_max_length": cfg.context,
+        "rope_theta": 10_000.0,
+        "rope_scaling": None,
+        "linear_attn_config": {
+            "full_attn_layers": full,
+            "kda_layers": rest,
+            "num_heads": kda.heads,
+            "head_dim": kda.head_dim,
+            "short_conv_kernel_size": kda.conv,
+        },
+    }

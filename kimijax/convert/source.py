@@ -1,0 +1,242 @@
+"""A Hugging Face checkpoint as a source of arrays: checked by name, dequantised."""
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+
+from kimijax.checkpoint.common import brief
+from kimijax.config import (
+    FP8_BLOCK,
+    Fp8Config,
+    Int4Config,
+    ModelConfig,
+    MoEConfig,
+    override,
+)
+from kimijax.convert.config import WRAPPER, from_hub, text_config
+from kimijax.convert.header import TensorInfo
+from kimijax.convert.names import Rule, rules
+from kimijax.convert.quant import dequantize_fp8, dequantize_int4
+from kimijax.convert.tensors import TensorFiles, open_directory
+from kimijax.errors import UserError
+
+PREFIX = "language_model."
+VISION = tuple(f"{m}{x}." for m in ("", "model.") for x in ("vision_tower", "mm_projector"))
+FLOATS = ("F32", "BF16", "F16")
+GROUP = 32  # of int4
+LARGEST_CONFIG = 1 << 24  # bytes
+DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
+KEPT_FLOAT32 = ("bias", "A_log", "dt_bias")  # leaves that are float32 whatever the dtype
+
+
+@dataclass(frozen=True)
+class Source:
+    """An open checkpoint; a context manager. `skipped` counts tensors that no text model needs."""
+
+    directory: Path
+    hub: dict  # its config.json
+    cfg: ModelConfig
+    files: TensorFiles
+    forms: dict[str, str]  # rule name -> "as is", "fp8" or "int4"
+    skipped: int
+
+    def __enter__(self) -> "Source":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.files.close()
+
+    def rules(self) -> Iterator[Rule]:
+        """A rule per tensor of the model, in the order of layers."""
+        return rules(self.cfg)
+
+    def read(self, rule: Rule) -> np.ndarray:
+        """A hub tensor as numbers: in the dtype stored, float32 where it is expanded."""
+        name = prefix(self.hub) + rule.name
+        match self.forms[rule.name]:
+            case "fp8":
+                scale = self.files.read(f"{name}_scale_inv")
+                return dequantize_fp8(self.files.read(name), scale, name=name)
+            case "int4":
+                packed, scale = (self.files.read(f"{name}_{x}") for x in ("packed", "scale"))
+                return dequantize_int4(packed, scale, name=name)
+        return self.files.read(name)
+
+    def info(self, rule: Rule) -> TensorInfo:
+        """The tensor in the file that holds the numbers of a rule."""
+        name = prefix(self.hub) + rule.name
+        return self.files.info(f"{name}_packed" if self.forms[rule.name] == "int4" else name)
+
+    def weight_shape_dtype(self) -> str:
+        """How the shapes beside packed weights are stored (releases differ)."""
+        name = next((n for n in self.files.names() if n.endswith(".weight_shape")), None)
+        return "I64" if name is None else self.files.info(name).dtype
+
+    def size(self, rule: Rule) -> int:
+        """Its bytes in the file."""
+        info = self.info(rule)
+        return info.end - info.start
+
+    def read_rows(self, rule: Rule, start: int, stop: int) -> np.ndarray:
+        """Rows of a hub tensor that is stored as it is."""
+        return self.files.read_rows(prefix(self.hub) + rule.name, start, stop)
+
+
+def prefix(hub: dict) -> str:
+    """What stands before the names of the language model."""
+    return PREFIX if hub.get("model_type") == WRAPPER else ""
+
+
+def read_json(path: Path) -> dict:
+    """A JSON object from a file that a stranger wrote."""
+    try:
+        if path.stat().st_size > LARGEST_CONFIG:
+            raise UserError(f"{path}: is larger than any config")
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{path}: cannot be read as JSON: {brief(error)}") from error
+    if not isinstance(data, dict):
+        raise UserError(f"{path}: must be a JSON object, not a {type(data).__name__}")
+    return data
+
+
+def read_hub_config(path: Path) -> tuple[dict, ModelConfig]:
+    """A hub's config.json as it is and as a model, its quantisation one that can be read."""
+    hub = read_json(path)
+    try:
+        cfg = from_hub(hub)
+        text = text_config(hub)
+        check_quantization(text.get("quantization_config", hub.get("quantization_config")))
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from error
+    return hub, cfg
+
+
+def open_source(directory: Path, keep: bool = False) -> Source:
+    """Open a hub checkpoint; every tensor must be there, of its shape, in a known form.
+
+    keep  experts stay quantised as they are stored; UserError if they are not
+    """
+    hub, cfg = read_hub_config(directory / "config.json")
+    files = open_directory(directory)
+    try:
+        names = set(files.names())
+        if keep:
+            cfg = _kept(cfg, files, names, prefix(hub))
+        forms, taken = {}, set()
+        for rule in rules(cfg):
+            forms[rule.name], used = _form(files, names, prefix(hub) + rule.name, rule)
+            taken |= used
+        skipped = _skipped(directory, names - taken, prefix(hub), len(cfg.layers))
+    except BaseException:
+        files.close()
+        raise
+    return Source(directory, hub, cfg, files, forms, skipped)
+
+
+def check_quantization(quant: object) -> None:
+    """UserError for a scheme whose numbers would be read wrongly."""
+    if quant is None:
+        return
+    if not isinstance(quant, dict):
+        raise UserError(f"quantization_config must be an object, got {quant!r:.80}")
+    method = quant.get("quant_method")
+    if method == "fp8":
+        if quant.get("weight_block_size", [FP8_BLOCK] * 2) != [FP8_BLOCK] * 2:
+            raise UserError(f"fp8 weight_block_size {quant['weight_block_size']} is not [128, 128]")
+        return
+    if method != "compressed-tensors":
+        raise UserError(
+            f"quantisation {method!r} is not supported: there are 'fp8' and 'compressed-tensors'"
+        )
+    if quant.get("format") != "pack-quantized":
+        raise UserError(f"quantisation format {quant.get('format')!r} is not 'pack-quantized'")
+    groups = quant.get("config_groups") or {}
+    for name, group in groups.items() if isinstance(groups, dict) else [("groups", groups)]:
+        weights = group.get("weights") if isinstance(group, dict) else None
+        want = {"num_bits": 4, "type": "int", "symmetric": True, "strategy": "group",
+                "group_size": GROUP}
+        got = {k: weights.get(k) for k in want} if isinstance(weights, dict) else weights
+        if got != want:
+            raise UserError(f"quantisation group {name!r} has weights {got}, not {want}")
+
+
+def _kept(cfg: ModelConfig, files: TensorFiles, names: set[str], start: str) -> ModelConfig:
+    """`cfg` with its experts in the form in which the first of them is stored."""
+    first = next((r.name for r in rules(cfg) if ".experts." in r.name), None)
+    if first is None:
+        raise UserError("weights cannot be kept quantised: this model has no experts")
+    form = None
+    if f"{start}{first}_packed" in names:
+        form = Int4Config(group=GROUP)
+    elif files.info(start + first).dtype == "F8_E4M3":
+        form = Fp8Config()
+    if form is None:
+        raise UserError(
+            f"weights cannot be kept quantised: {start}{first} is {files.info(start + first).dtype}"
+        )
+    changes = {
+        f"groups.{i}.layers.{j}.ffn.weights": form
+        for i, group in enumerate(cfg.groups)
+        for j, layer in enumerate(group.layers) if isinstance(layer.ffn, MoEConfig)
+    }
+    return override(cfg, changes)
+
+
+def _form(files: TensorFiles, names: set[str], name: str, rule: Rule) -> tuple[str, set[str]]:
+    """How a tensor is stored, and the names of the tensors that hold it; shapes are checked."""
+    if rule.dtypes:
+        _check(files, name, rule.shape, rule.dtypes)
+        return "as is", {name, name.replace("_packed", "_shape")} & names
+    if f"{name}_packed" in names and len(rule.shape) == 2:
+        n, k = rule.shape
+        _check(files, f"{name}_packed", (n, -(-k // 8)), ("I32",))
+        _check(files, f"{name}_scale", (n, -(-k // GROUP)), FLOATS)
+        return "int4", {f"{name}_{x}" for x in ("packed", "scale", "shape")} & names
+    if files.info(name).dtype == "F8_E4M3":
+        _check(files, name, rule.shape, ("F8_E4M3",))
+        _check(files, f"{name}_scale_inv", tuple(-(-s // FP8_BLOCK) for s in rule.shape), FLOATS)
+        return "fp8", {name, f"{name}_scale_inv"}
+    _check(files, name, rule.shape, FLOATS)
+    return "as is", {name}
+
+
+def _check(files: TensorFiles, name: str, shape: tuple[int, ...], dtypes: tuple[str, ...]) -> None:
+    info = files.info(name)
+    if info.dtype not in dtypes:
+        raise UserError(f"{info.file}: {name!r} has dtype {info.dtype}, not {' or '.join(dtypes)}")
+    if tuple(info.shape) != tuple(shape):
+        raise UserError(
+            f"{info.file}: {name!r} has shape {tuple(info.shape)}, its config makes it {shape}"
+        )
+
+
+def _skipped(directory: Path, rest: set[str], start: str, layers: int) -> int:
+    """How many tensors are left out; UserError if one of them is not known to be superfluous."""
+    unknown = sorted(n for n in rest if not _junk(n, start, layers))
+    if unknown:
+        raise UserError(
+            f"{directory}: has {unknown[0]!r}, which nothing in this model takes "
+            f"({len(unknown)} such tensors); is config.json that of these weights?"
+        )
+    return len(rest)
+
+
+def _junk(name: str, start: str, layers: int) -> bool:
+    """Tensors that checkpoints of these families carry and no text model needs."""
+    return (
+        name.startswith(VISION)
+        or name.endswith(".rotary_emb.inv_freq")
+        or name.startswith(f"{start}model.layers.{layers}.")  # the slot of multi-token prediction
+    )
+
+
+def leaf_dtype(leaf: str, declared: np.dtype, dtype: np.dtype) -> np.dtype:
+    """The dtype in which a parameter is held when a model is loaded in `dtype`."""
+    name = leaf.rsplit(".", 1)[-1]
+    packed = declared != np.float32 or name.endswith("_scale")
+    return np.dtype(declared if packed or name in KEPT_FLOAT32 else dtype)

@@ -1,0 +1,113 @@
+"""Continuing a batch of ragged prompts: chunked prefill of all rows at once, then token by token.
+
+Rows are told apart by position and segment: what pads a short prompt is never cached or seen, so a
+row's tokens do not depend on its neighbours.
+"""
+
+import functools
+from collections.abc import Iterator
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from kimijax.cache import Cache, empty_cache, run_length
+from kimijax.config import ModelConfig
+from kimijax.infer import check_tokens
+from kimijax.model import Model
+from kimijax.ops.attend import Ops
+from kimijax.sampling import Sampling, sample
+
+LARGEST_CHUNK = 2048
+
+
+class Decoder:
+    """Compiled programs of one model: a chunk of every prompt, and a token of every row."""
+
+    def __init__(self, cfg: ModelConfig, ops: Ops, sampling: Sampling, dtype: jnp.dtype):
+        self.cfg, self.sampling, self.dtype = cfg, sampling, dtype
+        self.model = Model(cfg, ops, dtype)
+        self.prefill = jax.jit(self._prefill, donate_argnums=1)
+        self.step = jax.jit(self._step, donate_argnums=(1, 3))
+        self.pick = jax.jit(self._pick, donate_argnums=1)
+        self.empty = jax.jit(
+            functools.partial(empty_cache, cfg, dtype=dtype), static_argnums=(0, 1)
+        )
+
+    def _prefill(self, params, cache, ids, live):
+        """The first live[row] of ids b t of every row: (cache, logits b v of each row's last)."""
+        t = ids.shape[1]
+        seg = jnp.where(jnp.arange(t) < live[:, None], 0, -1)
+        out = self.model.apply(params, ids, None, seg, cache=cache, aligned=True)
+        last = jnp.maximum(live - 1, 0)[:, None, None]
+        hidden = jnp.take_along_axis(out.hidden, last, 1)[:, 0]
+        return out.cache, self.model.apply(params, hidden, method="head")
+
+    def _step(self, params, cache, token, seen, step):
+        """Read a token of every row and choose the next: (token b, cache, seen)."""
+        fresh = jnp.ones((token.shape[0], 1), bool)
+        out = self.model.apply(params, token[:, None], cache=cache, fresh=fresh)
+        logits = self.model.apply(params, out.hidden[:, 0], method="head")
+        token, seen = self._pick(logits, seen, step)
+        return token, out.cache, seen
+
+    def _pick(self, logits, seen, step):
+        """The next token of every row, marked in `seen` (b v bool; None: nothing asks for it)."""
+        token = sample(logits, seen, self.sampling, step)
+        if seen is not None:
+            seen = seen.at[jnp.arange(token.shape[0]), token].set(True)
+        return token, seen
+
+
+@functools.cache
+def decoder(cfg: ModelConfig, ops: Ops, sampling: Sampling, dtype: jnp.dtype) -> Decoder:
+    """The Decoder of these arguments, made once, so that its programs are compiled once."""
+    return Decoder(cfg, ops, sampling, dtype)
+
+
+def generate(
+    programs: Decoder, params: dict, prompts: list[np.ndarray], new: int
+) -> Iterator[np.ndarray]:
+    """Yield the next token of every row, int32 b, `new` times.
+
+    prompts  1-D token arrays, each at least one long; UserError for tokens outside the vocabulary
+    """
+    for prompt in prompts:
+        check_tokens(programs.cfg, np.asarray(prompt))
+    cache, logits = read_prompts(programs, params, prompts, new)
+    seen = None
+    if programs.sampling.repetition_penalty != 1.0:
+        marks = np.zeros((len(prompts), programs.cfg.vocab), bool)
+        for row, prompt in enumerate(prompts):
+            marks[row, prompt] = True
+        seen = jnp.asarray(marks)
+    token, seen = programs.pick(logits, seen, np.int32(0))
+    for i in range(new):
+        yield np.asarray(token)
+        if i + 1 < new:
+            token, cache, seen = programs.step(params, cache, token, seen, np.int32(i + 1))
+
+
+def read_prompts(
+    programs: Decoder, params: dict, prompts: list[np.ndarray], room: int
+) -> tuple[Cache, jax.Array]:
+    """A cache that holds the prompts with `room` free slots a row, and the logits after each."""
+    lengths = np.array([len(p) for p in prompts])
+    chunk = chunk_length(programs.cfg, int(lengths.max()))
+    capacity = max(chunk, int(lengths.max()) + room)
+    cache, logits = programs.empty(len(prompts), capacity), None
+    for start in range(0, int(lengths.max()), chunk):
+        ids = np.zeros((len(prompts), chunk), np.int32)
+        live = np.clip(lengths - start, 0, chunk).astype(np.int32)
+        for row, prompt in enumerate(prompts):
+            ids[row, : live[row]] = prompt[start : start + live[row]]
+        cache, found = programs.prefill(params, cache, ids, live)
+        logits = found if logits is None else jnp.where(live[:, None] > 0, found, logits)
+    return cache, logits
+
+
+def chunk_length(cfg: ModelConfig, longest: int) -> int:
+    """Tokens of a prefill call: a multiple of the model's run near the prompt's length."""
+    run = run_length(cfg)
+    size = min(LARGEST_CHUNK, 1 << max(4, (longest - 1).bit_length()))
+    return -(-size // run) * run
