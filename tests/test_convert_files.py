@@ -114,6 +114,21 @@ def test_tensors_are_read_into_place(sharded):
     assert np.array_equal(out, [[0] * 6, range(6)])
 
 
+def test_rows_are_read_alone(tmp_path, rng):
+    arrays = random_tensors(rng)
+    write_all(tmp_path, arrays)
+    with open_directory(tmp_path) as files:
+        for name, whole in arrays.items():
+            rows = len(whole) if whole.ndim else 0
+            for start in range(rows):
+                got, want = files.read_rows(name, start, rows), whole[start:]
+                assert (got.dtype, got.shape) == (want.dtype, want.shape)
+                assert got.tobytes() == want.tobytes()
+            for start, stop in [(0, rows + 1), (-1, 1), (1, 1), (2, 1)]:
+                with pytest.raises(ValueError, match=f"has no rows {start} to {stop}"):
+                    files.read_rows(name, start, stop)
+
+
 def test_few_files_are_open_and_none_after_closing(tmp_path, rng):
     arrays = {f"w{i}": rng.normal(size=4) for i in range(20)}
     write_all(tmp_path, arrays, shard_bytes=1)
@@ -218,6 +233,8 @@ def test_a_bool_is_0_or_1_and_memory_is_finite(tmp_path, monkeypatch):
 def test_other_files_are_no_weights(tmp_path):
     assert "does not exist" in refusal(open_directory, tmp_path / "none")
     assert "holds no .safetensors file" in refusal(open_directory, tmp_path)
+    (tmp_path / "a\n\x1b[2J.safetensors").touch()
+    assert "a??[2J.safetensors: is truncated" in refusal(open_directory, tmp_path)
     (tmp_path / SINGLE).write_text("version https://git-lfs.github.com/spec/v1\n")
     assert "git lfs pull" in refusal(open_directory, tmp_path)
     assert "is not a directory" in refusal(open_directory, tmp_path / SINGLE)
@@ -236,6 +253,7 @@ def test_other_files_are_no_weights(tmp_path):
         ({"a": "pytorch_model.bin"}, "without a directory"),
         ({"a": 1}, "maps 'a' to 1"),
         ({"a": SHARDS[1]}, "lacks 'a', which"),
+        ({"a": SHARDS[1], "b": SHARDS[0]}, "lacks 'a', which"),
         ({"c": SHARDS[1]}, "lacks 'c', which"),
         ({"a": "gone.safetensors"}, "lacks 'gone.safetensors', to which"),
         ({"a": "\ud800.safetensors"}, "lacks '\\ud800.safetensors', to which"),
@@ -265,7 +283,7 @@ def test_an_index_that_lies_is_refused(sharded, index, why):
     assert message.startswith(str(sharded)) and why in message
 
 
-def test_an_index_may_lie_elsewhere_in_no_way(sharded):
+def test_an_index_is_small_alone_and_in_its_directory(sharded):
     (sharded / SINGLE).write_bytes((sharded / SHARDS[0]).read_bytes())
     assert "remove one" in refusal(open_directory, sharded)
     (sharded / SINGLE).unlink()

@@ -44,8 +44,9 @@ def test_shards_come_back(tmp_path, rng, monkeypatch, size, count):
 
 def test_strided_arrays_are_written_as_they_read(tmp_path):
     want = np.arange(12, dtype=np.float32).reshape(3, 4)
-    write_all(tmp_path, {"w": want.T, "r": want[::-1, ::2]})
-    assert_read(tmp_path, {"w": want.T, "r": want[::-1, ::2]})
+    arrays = {"w": want.T, "r": want[::-1, ::2], "line": want[1, ::2]}
+    write_all(tmp_path, arrays)
+    assert_read(tmp_path, arrays)
     assert np.array_equal(load_file(tmp_path / SINGLE)["w"], want.T)
 
 
@@ -84,6 +85,25 @@ def test_a_stop_between_the_renames_leaves_nothing(tmp_path, monkeypatch, stop_a
     assert not list(tmp_path.iterdir())
     if isinstance(error, OSError):
         assert f"{tmp_path}: cannot be written: No space left" in str(caught.value)
+
+
+def test_bytes_reach_the_disk_before_their_name(tmp_path, monkeypatch):
+    events, fsync, replace = [], os.fsync, type(tmp_path).replace
+
+    def record_sync(file):
+        events.append(os.path.basename(os.readlink(f"/proc/self/fd/{file}")))
+        fsync(file)
+
+    def record_name(source, target):
+        events.append(target.name)
+        return replace(source, target)
+
+    monkeypatch.setattr(os, "fsync", record_sync)
+    monkeypatch.setattr(type(tmp_path), "replace", record_name)
+    write_all(tmp_path, {"a": np.zeros(1), "b": np.zeros(1)}, shard_bytes=8)
+    there = [tmp_path.name]
+    want = [f"{SHARDS[1]}.tmp", f"{SHARDS[0]}.tmp", *SHARDS, *there, f"{INDEX}.tmp", INDEX, *there]
+    assert events == want
 
 
 def test_a_full_disk_is_named_and_nothing_stays(tmp_path, monkeypatch):

@@ -167,8 +167,8 @@ def _as_is(
     """A tensor that is only reshaped."""
     ours = ours or shape
     return Rule(
-        name, shape, (part,), lambda x: (x.reshape(ours),), lambda x: np.asarray(x).reshape(shape),
-        dtypes,
+        name, shape, (part,), lambda x: (x.reshape(-1, *ours[1:]),),
+        lambda x: np.asarray(x).reshape(shape), dtypes,
     )
 
 

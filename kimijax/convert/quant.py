@@ -141,10 +141,9 @@ def _check_scale(
             f"{name}: its scale is {scale.dtype} {scale.shape}, but {weight.dtype} "
             f"{weight.shape} needs floats of shape {shape}"
         )
-    with np.errstate(invalid="ignore"):  # signalling NaN warn when they are cast
-        wide = scale.astype(np.float32)
-        # Written so that NaN fails too.
-        bad = wide[~(np.abs(wide) <= np.finfo(np.float32).max / largest)]
+    wide = scale.astype(np.float32)
+    # Written so that NaN fails too.
+    bad = wide[~(np.abs(wide) <= np.finfo(np.float32).max / largest)]
     if bad.size:
         raise UserError(
             f"{name}: {bad.size} of its {scale.size} scales are too large or not finite, such as "

@@ -64,7 +64,10 @@ class Source:
             case "int4":
                 packed, scale = (self.files.read(f"{name}_{x}") for x in ("packed", "scale"))
                 return dequantize_int4(packed, scale, name=name)
-        return self.files.read(name)
+        array = self.files.read(name)
+        if rule.dtypes and array.dtype != np.int32 and not np.isfinite(array).all():
+            raise UserError(f"{self.files.info(name).file}: {name} is not finite everywhere")
+        return array
 
     def info(self, rule: Rule) -> TensorInfo:
         """The tensor in the file that holds the numbers of a rule."""
@@ -217,22 +220,17 @@ def _check(files: TensorFiles, name: str, shape: tuple[int, ...], dtypes: tuple[
 
 def _skipped(directory: Path, rest: set[str], start: str, layers: int) -> int:
     """How many tensors are left out; UserError if one of them is not known to be superfluous."""
-    unknown = sorted(n for n in rest if not _junk(n, start, layers))
+    slot = f"{start}model.layers.{layers}."  # that of multi-token prediction, if it is one
+    extra = (*VISION, slot) if f"{slot}eh_proj.weight" in rest else VISION
+    unknown = sorted(
+        n for n in rest if not n.startswith(extra) and not n.endswith(".rotary_emb.inv_freq")
+    )
     if unknown:
         raise UserError(
             f"{directory}: has {unknown[0]!r}, which nothing in this model takes "
             f"({len(unknown)} such tensors); is config.json that of these weights?"
         )
     return len(rest)
-
-
-def _junk(name: str, start: str, layers: int) -> bool:
-    """Tensors that checkpoints of these families carry and no text model needs."""
-    return (
-        name.startswith(VISION)
-        or name.endswith(".rotary_emb.inv_freq")
-        or name.startswith(f"{start}model.layers.{layers}.")  # the slot of multi-token prediction
-    )
 
 
 def leaf_dtype(leaf: str, declared: np.dtype, dtype: np.dtype) -> np.dtype:

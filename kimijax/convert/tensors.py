@@ -65,30 +65,18 @@ class TensorFiles:
 
     def read(self, name: str) -> np.ndarray:
         """A tensor, in fresh memory; UserError: no such tensor, or its file cannot be read."""
-        info = self.info(name)
-        try:
-            out = np.empty(info.shape, DTYPES[info.dtype])
-        except MemoryError as error:
-            raise refusal(
-                info.file,
-                f"tensor {show(name)} takes {info.end - info.start} bytes of memory",
-                "convert on a machine that has them",
-            ) from error
-        self.read_into(name, out)
-        return out
+        return self._load(self.info(name))
 
     def read_rows(self, name: str, start: int, stop: int) -> np.ndarray:
         """Rows [start, stop) of a tensor, in fresh memory: for one too large to read whole."""
         info = self.info(name)
-        rows = info.shape[0]
+        rows = info.shape[0] if info.shape else 0
         if not 0 <= start < stop <= rows:
             raise ValueError(f"{name} has no rows {start} to {stop}, it has {rows}")
-        out = np.empty((stop - start, *info.shape[1:]), DTYPES[info.dtype])
         size = (info.end - info.start) // rows
-        part = info._replace(start=info.start + start * size, end=info.start + stop * size)
-        with self._lock, reading(info.file):
-            _fill(self._descriptor(info.file), part, out.reshape(-1).view(np.uint8))
-        return out
+        shape = (stop - start, *info.shape[1:])
+        start, end = (info.start + row * size for row in (start, stop))
+        return self._load(info._replace(shape=shape, start=start, end=end))
 
     def read_into(self, name: str, out: np.ndarray) -> None:
         """As `read`, into an array of the tensor's shape and dtype, C-contiguous."""
@@ -98,11 +86,26 @@ class TensorFiles:
                 f"{name} is {DTYPES[info.dtype]} {info.shape} and needs a C-contiguous array of "
                 f"that kind, not {out.dtype} {out.shape}"
             )
+        self._load_into(info, out)
+
+    def _load(self, info: TensorInfo) -> np.ndarray:
+        try:
+            out = np.empty(info.shape, DTYPES[info.dtype])
+        except MemoryError as error:
+            raise refusal(
+                info.file,
+                f"tensor {show(info.name)} takes {info.end - info.start} bytes of memory",
+                "convert on a machine that has them",
+            ) from error
+        self._load_into(info, out)
+        return out
+
+    def _load_into(self, info: TensorInfo, out: np.ndarray) -> None:
         data = out.reshape(-1).view(np.uint8)
         with self._lock, reading(info.file):
             _fill(self._descriptor(info.file), info, data)
-        if info.dtype == "BOOL" and data.max(initial=0) > 1:
-            raise refusal(info.file, f"tensor {show(name)}: BOOL holds a byte of {data.max()}")
+        if info.dtype == "BOOL" and (most := data.max(initial=0)) > 1:
+            raise refusal(info.file, f"tensor {show(info.name)}: BOOL holds a byte of {most}")
 
     def _descriptor(self, file: Path) -> int:
         """The file, opened unless it is among the last few that were used."""
@@ -223,16 +226,19 @@ def _list_shards(directory: Path) -> list[str]:
 
 
 def _inside(directory: Path, name: str) -> Path:
-    """The regular file that a name in the directory stands for, which lies in the directory."""
+    """The regular file that a name in the directory stands for.
+
+    It lies in the directory or, where that is a snapshot in the hub's cache, among its blobs.
+    """
     path = directory / name
     try:
         real, root = (Path(os.path.realpath(x, strict=True)) for x in (path, directory))
     except OSError as error:
         raise refusal(path, f"cannot be read: {error.strerror}", "fetch it") from error
-    if not real.is_relative_to(root):
+    cached = root.parent.name == "snapshots" and real.parent == root.parent.parent / "blobs"
+    if not real.is_relative_to(root) and not cached:
         raise refusal(
-            path, "is a symbolic link that leaves the directory",
-            "copy the file there (from the hub's cache: download with --local-dir)",
+            path, "is a symbolic link that leaves the directory", "copy the file there"
         )
     if not stat.S_ISREG(real.stat().st_mode):  # a pipe would block for ever
         raise refusal(path, "is not a regular file")

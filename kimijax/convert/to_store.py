@@ -44,9 +44,8 @@ def convert_to_store(
         names, size = [], 0
         for rule in source.rules():
             if rule.name not in done:
-                for index, part, array in _pieces(source, rule):
-                    leaf = store.leaves[part]
-                    store.write(part, index, _cast(array, leaf.dtype))
+                for index, name, array in _pieces(source, rule, store.leaves):
+                    store.write(name, index, _cast(array, store.leaves[name].dtype))
                 names.append(rule.name)
             read = source.size(rule)
             size += read
@@ -105,13 +104,16 @@ def _rows(rule: Rule, dtype: np.dtype) -> int:
     return min(rule.shape[0], max(1, PIECE // row))
 
 
-def _pieces(source: Source, rule: Rule) -> Iterator[tuple[tuple, str, np.ndarray]]:
-    """(index, leaf, array) of a hub tensor: its parts, or pieces of its rows."""
+def _pieces(
+    source: Source, rule: Rule, leaves: dict[str, Leaf]
+) -> Iterator[tuple[tuple, str, np.ndarray]]:
+    """(index, leaf, array) of a hub tensor: its parts, or rows of it that make a chunk."""
     if rule.rows is None or source.forms[rule.name] != "as is":
         for part, array in zip(rule.parts, rule.split(source.read(rule)), strict=True):
             yield part.index, part.leaf, array
         return
-    (part,), step = rule.parts, _rows(rule, np.dtype(np.float32))
+    (part,) = rule.parts
+    step = leaves[part.leaf].chunk[rule.rows]
     for start in range(0, rule.shape[0], step):
         stop = min(start + step, rule.shape[0])
         (array,) = rule.split(source.read_rows(rule, start, stop))
