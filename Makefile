@@ -1,12 +1,13 @@
-# make env | test | run | lint | clean.  Extra arguments: make run ARGS="--context 65536"
+# make env | test | run | lint | parity | clean.  Extra arguments: make run ARGS="--context 65536"
 
 PYTHON ?= python3
 PY := .venv/bin/python
 STAMP := .venv/.installed
+PARITY_STAMP := .venv-parity/.installed
 NEW_ENOUGH := -c 'import sys; sys.exit(sys.version_info < (3, 11))'
 HAS_PIP := -c 'import importlib.metadata; importlib.metadata.version("pip")'
 
-.PHONY: env venv test run lint clean
+.PHONY: env venv test run lint parity clean
 
 env: $(STAMP)
 
@@ -19,9 +20,24 @@ run: env
 lint: env
 	$(PY) -m ruff check . $(ARGS)
 
+# What transformers makes of our exports. torch and transformers come from the extra [parity] into an
+# environment of their own, beside that of `env`; without a CPU build of torch it is skipped.
+parity: $(PARITY_STAMP)
+	@if [ -s $(PARITY_STAMP) ]; then cat $(PARITY_STAMP); else \
+	  .venv-parity/bin/python -m pytest -q -n 0 --override-ini filterwarnings= tests/parity $(ARGS); fi
+
+$(PARITY_STAMP): $(STAMP)
+	rm -rf .venv-parity
+	$(PY) -m venv .venv-parity
+	$(PY) -c 'import sysconfig; print(sysconfig.get_path("purelib"))' \
+	  > $$(.venv-parity/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/env.pth
+	@if .venv-parity/bin/python -m pip install -q --disable-pip-version-check \
+	  "torch==2.13.0+cpu" "transformers==5.23.0"; then : > $@; \
+	else echo "parity: skipped, no CPU build of torch 2.13.0 is on offer here" | tee $@; fi
+
 # Undoes `env` and removes caches; the results under runs/ stay.
 clean:
-	rm -rf .venv build *.egg-info .pytest_cache .ruff_cache
+	rm -rf .venv .venv-parity build *.egg-info .pytest_cache .ruff_cache
 	find . -name __pycache__ -prune -exec rm -rf {} +
 
 # The stamp is written last, so an install that failed or was interrupted is done again. A .venv

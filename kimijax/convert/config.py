@@ -324,6 +324,7 @@ def _linear_keys(cfg, kda: KDAConfig, moe: MoEConfig) -> dict:
         "moe_router_activation_func": "sigmoid",
         "mla_use_nope": True,
         "model_max_length": cfg.context,
+        "pad_token_id": cfg.vocab - 1,  # as released; the reference's default may lie outside
         "rope_theta": 10_000.0,
         "rope_scaling": None,
         "linear_attn_config": {

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import ml_dtypes
 import numpy as np
+from flax.traverse_util import flatten_dict
 
 from kimijax.config import ModelConfig, MoEConfig
 from kimijax.convert.config import to_hub
@@ -52,6 +53,28 @@ def convert(
         raise UserError(f"{source}: is an orbax checkpoint already")
     _store_to_hub(source, out, wanted, on_bytes)
     return 0
+
+
+def export(
+    cfg: ModelConfig, params: dict, out: Path, dtype: str | None = None, hub: dict | None = None
+) -> None:
+    """Write parameters in memory as a Hugging Face checkpoint that transformers loads.
+
+    params  {"params": ...} as `Model.apply` takes them
+    dtype   "float32" or "bfloat16"; None: as they are
+    hub     the config.json to write; None: made from `cfg`, UserError if the hub has no such model
+    """
+    leaves = flatten_dict(params["params"], sep=".")
+
+    def held(rule: Rule) -> np.dtype:
+        own = np.dtype(leaves[rule.parts[0].leaf].dtype)
+        return own if rule.dtypes or dtype is None else _as(rule, DTYPES[dtype])
+
+    def arrays(rule: Rule) -> np.ndarray:
+        return rule.join(*(np.asarray(leaves[p.leaf][p.index]) for p in rule.parts))
+
+    kinds = {rule.name: held(rule) for rule in rules(cfg)}
+    _write(cfg, to_hub(cfg) if hub is None else hub, out, kinds, arrays, lambda *_: None, "I64")
 
 
 def _hub_to_hub(source: Source, out: Path, dtype: np.dtype | None, on_bytes: Progress) -> None:
