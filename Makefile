@@ -1,6 +1,7 @@
 # make env | test | run | lint | parity | clean.  Extra arguments: make run ARGS="--context 65536"
 
 PYTHON ?= python3
+TORCH ?= torch==2.13.0+cpu
 PY := .venv/bin/python
 STAMP := .venv/.installed
 PARITY_STAMP := .venv-parity/.installed
@@ -32,8 +33,8 @@ $(PARITY_STAMP): $(STAMP)
 	$(PY) -c 'import sysconfig; print(sysconfig.get_path("purelib"))' \
 	  > $$(.venv-parity/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/env.pth
 	@if .venv-parity/bin/python -m pip install -q --disable-pip-version-check \
-	  "torch==2.13.0+cpu" "transformers==5.23.0"; then : > $@; \
-	else echo "parity: skipped, no CPU build of torch 2.13.0 is on offer here" | tee $@; fi
+	  "$(TORCH)" "transformers==5.23.0"; then : > $@; \
+	else echo "parity: skipped, $(TORCH) is not on offer here; name another with TORCH=" | tee $@; fi
 
 # Undoes `env` and removes caches; the results under runs/ stay.
 clean:

@@ -1,6 +1,6 @@
 """How fast and in how much memory is a large checkpoint converted, next to copying its files?
 
-Ask     Rate of `kimijax convert --to orbax` relative to `cp` plus fsync of the same files; peak RSS.
+Ask     Rate of `kimijax convert --to orbax` relative to `cp` plus fsync; peak RSS.
 Run     python -m experiments.convert_speed --work DIR [--gigabytes 8] [--pairs 3]
 Cost    about four minutes and three times the size in disk space.
 Answer  see the README's results.

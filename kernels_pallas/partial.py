@@ -67,9 +67,10 @@ def from_logits(logits: jax.Array, seen: jax.Array, weigh) -> Partial:
     """
     logits = jnp.where(seen, logits, MASKED)
     top = jax.lax.stop_gradient(logits.max(-1))
-    weights = jnp.where(seen, jnp.exp(logits - top[..., None]), 0.0)
+    any_seen = top > MASKED / 2
+    # What is masked is exp of less than -1e29, which is 0: the mask is not looked at again.
+    weights = jnp.exp(logits - jnp.where(any_seen, top, 0.0)[..., None])
     total = weights.sum(-1)
-    any_seen = total > 0
     safe = jnp.where(any_seen, total, 1.0)
     lse = jnp.where(any_seen, top + jnp.log(safe), -jnp.inf)
     max_logit = jnp.where(any_seen, top, -jnp.inf)

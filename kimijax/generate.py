@@ -16,16 +16,17 @@ from kimijax.config import ModelConfig
 from kimijax.infer import check_tokens
 from kimijax.model import Model
 from kimijax.ops.attend import Ops
-from kimijax.sampling import Sampling, sample
+from kimijax.sampling import Sampling, knobs, row_keys, sample
 
 LARGEST_CHUNK = 2048
+GREEDY = Sampling(temperature=0.0)
 
 
 class Decoder:
     """Compiled programs of one model: a chunk of every prompt, and a token of every row."""
 
-    def __init__(self, cfg: ModelConfig, ops: Ops, sampling: Sampling, dtype: jnp.dtype):
-        self.cfg, self.sampling, self.dtype = cfg, sampling, dtype
+    def __init__(self, cfg: ModelConfig, ops: Ops, dtype: jnp.dtype):
+        self.cfg = cfg
         self.model = Model(cfg, ops, dtype)
         self.prefill = jax.jit(self._prefill, donate_argnums=1)
         self.step = jax.jit(self._step, donate_argnums=(1, 3))
@@ -43,49 +44,55 @@ class Decoder:
         hidden = jnp.take_along_axis(out.hidden, last, 1)[:, 0]
         return out.cache, self.model.apply(params, hidden, method="head")
 
-    def _step(self, params, cache, token, seen, step):
+    def _step(self, params, cache, token, seen, how, seed, step):
         """Read a token of every row and choose the next: (token b, cache, seen)."""
         fresh = jnp.ones((token.shape[0], 1), bool)
         out = self.model.apply(params, token[:, None], cache=cache, fresh=fresh)
         logits = self.model.apply(params, out.hidden[:, 0], method="head")
-        token, seen = self._pick(logits, seen, step)
+        token, seen = self._pick(logits, seen, how, seed, step)
         return token, out.cache, seen
 
-    def _pick(self, logits, seen, step):
+    def _pick(self, logits, seen, how, seed, step):
         """The next token of every row, marked in `seen` (b v bool; None: nothing asks for it)."""
-        token = sample(logits, seen, self.sampling, step)
-        if seen is not None:
-            seen = seen.at[jnp.arange(token.shape[0]), token].set(True)
-        return token, seen
+        rows = jnp.arange(logits.shape[0])
+        token = sample(logits, seen, how, row_keys(seed, rows, step))
+        return token, None if seen is None else seen.at[rows, token].set(True)
 
 
 @functools.cache
-def decoder(cfg: ModelConfig, ops: Ops, sampling: Sampling, dtype: jnp.dtype) -> Decoder:
+def decoder(cfg: ModelConfig, ops: Ops, dtype: jnp.dtype) -> Decoder:
     """The Decoder of these arguments, made once, so that its programs are compiled once."""
-    return Decoder(cfg, ops, sampling, dtype)
+    return Decoder(cfg, ops, dtype)
 
 
 def generate(
-    programs: Decoder, params: dict, prompts: list[np.ndarray], new: int
+    programs: Decoder,
+    params: dict,
+    prompts: list[np.ndarray],
+    new: int,
+    sampling: Sampling = GREEDY,
 ) -> Iterator[np.ndarray]:
     """Yield the next token of every row, int32 b, `new` times.
 
     prompts  1-D token arrays, each at least one long; UserError for tokens outside the vocabulary
     """
+    how, seed = knobs([sampling] * len(prompts)), np.uint32(sampling.seed)
     for prompt in prompts:
         check_tokens(programs.cfg, np.asarray(prompt))
     cache, logits = read_prompts(programs, params, prompts, new)
     seen = None
-    if programs.sampling.repetition_penalty != 1.0:
+    if sampling.repetition_penalty != 1.0:
         marks = np.zeros((len(prompts), programs.cfg.vocab), bool)
         for row, prompt in enumerate(prompts):
             marks[row, prompt] = True
         seen = jnp.asarray(marks)
-    token, seen = programs.pick(logits, seen, np.int32(0))
+    token, seen = programs.pick(logits, seen, how, seed, np.int32(0))
     for i in range(new):
         yield np.asarray(token)
         if i + 1 < new:
-            token, cache, seen = programs.step(params, cache, token, seen, np.int32(i + 1))
+            token, cache, seen = programs.step(
+                params, cache, token, seen, how, seed, np.int32(i + 1)
+            )
 
 
 def read_prompts(

@@ -21,6 +21,7 @@ import pytest
 from kimijax import presets
 from kimijax.config import (
     GroupConfig,
+    KDAConfig,
     LayerConfig,
     MLAConfig,
     ModelConfig,
@@ -77,13 +78,14 @@ def small_needle() -> ModelConfig:
     )
 
 
-def small_mla() -> ModelConfig:
-    """Two MLA layers: with q-LoRA and rope, and NoPE with a direct query; MoE in the second."""
+def small_kimi() -> ModelConfig:
+    """MLA with q-LoRA and rope; then KDA and NoPE MLA with a direct query, both with MoE."""
     mla = MLAConfig(
         heads=4, q_rank=16, kv_rank=16, nope_dim=8, rope_dim=8, v_dim=8,
         rope=RopeConfig(theta=1e4, dim=8),
     )
-    nope = dataclasses.replace(mla, q_rank=None, rope_dim=0, rope=None)
+    nope = dataclasses.replace(mla, q_rank=None, rope=None)
+    kda = KDAConfig(heads=2, head_dim=8, conv=4, gate_rank=8)
     moe = MoEConfig(experts=4, top_k=2, width=16, shared_width=16)
     return ModelConfig(
         vocab=64,
@@ -92,13 +94,13 @@ def small_mla() -> ModelConfig:
             GroupConfig(
                 layers=(LayerConfig(mixer=mla, ffn=SwiGLUConfig(width=32), conv=3),), repeat=2
             ),
-            GroupConfig(layers=(LayerConfig(mixer=nope, ffn=moe),)),
+            GroupConfig(layers=tuple(LayerConfig(mixer=mixer, ffn=moe) for mixer in (kda, nope))),
         ),
         embed_std=1.0,
     )
 
 
-CONFIGS = {"needle": small_needle, "mla": small_mla}
+CONFIGS = {"needle": small_needle, "kimi": small_kimi}
 
 
 @functools.cache

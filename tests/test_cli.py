@@ -55,8 +55,10 @@ def test_help_answers_at_once_and_without_jax(code, args):
         (["--verbosity=loud", "needle"], "--verbosity=loud"),
         (["--flagfile=/nonexistent", "needle"], "/nonexistent"),
         (["haystack"], "invalid choice: 'haystack'"),
-        *(([name, "--no_such_flag"], "unrecognized arguments: --no_such_flag")
-          for name, *_ in COMMANDS),
+        (["needle", "--no_such_flag"], "unrecognized arguments: --no_such_flag"),
+        (["convert", "a", "b", "--to", "hf", "--fast"], "unrecognized arguments: --fast"),
+        (["generate"], "the following arguments are required: --checkpoint, --max_new"),
+        (["logits", "--checkpoint", "a", "--tokens", "b"], "are required: --out"),
     ],
 )
 def test_wrong_arguments_exit_2(args, message):

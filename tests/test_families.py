@@ -20,7 +20,6 @@ from kimijax.metrics import describe
 from kimijax.model import Model
 from kimijax.ops.attend import local
 from kimijax.ops.rope import frequencies
-from kimijax.sampling import Sampling
 
 GOLDENS = Path(__file__).parent / "goldens"
 MODELS = (
@@ -64,7 +63,7 @@ def test_logits_layers_and_experts_are_the_reference(name):
 @pytest.mark.parametrize("name", MODELS)
 def test_greedy_tokens_are_the_reference(name):
     model, want = loaded(name)
-    programs = decoder(model.cfg, local(), Sampling(), np.dtype(np.float32))
+    programs = decoder(model.cfg, local(), np.dtype(np.float32))
     tokens = list(generate(programs, model.params, list(want["gen_prompt"]), 16))
     np.testing.assert_array_equal(np.stack(tokens, 1), want["gen_tokens"])
 

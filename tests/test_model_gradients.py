@@ -14,7 +14,7 @@ from kimijax.ops.attend import local
 from tests.conftest import CONFIGS, assert_close, model_and_params
 
 T = 256
-MODELS = ["needle", "mla"]
+MODELS = ["needle", "kimi"]
 
 
 @pytest.fixture

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from kernels_pallas.attention.ref import visible
 from kernels_pallas.partial import Partial, empty, from_logits, merge
 
-TILE_Q, TILE_K = 512, 1024
+TILE_Q, TILE_K = 512, 512
 FAR = jnp.iinfo(jnp.int32).max
 
 
@@ -62,13 +62,15 @@ def _overlap(q, kv):
 
 def _logits(q, kv, scale):
     """Scaled float32 logits b g t i s, and their mask."""
-    b, t, h, n = q.nope.shape
+    b, t, h, _ = q.nope.shape
     g = kv.key.shape[2]
-    logits = contract("btgin,bsgn->bgtis", q.nope.reshape(b, t, g, h // g, n) * scale, kv.key)
-    if q.rope is not None:
-        rope = q.rope.reshape(b, t, g, h // g, -1) * scale
-        logits += contract("btgip,bsp->bgtis", rope, kv.rope)
-    return logits, visible(q, kv)[:, None, :, None, :]
+    query, key = q.nope, kv.key
+    if q.rope is not None:  # one product: to add two would pass the largest array once more
+        shared = jnp.broadcast_to(kv.rope[:, :, None], (*key.shape[:3], kv.rope.shape[-1]))
+        query = jnp.concatenate([query, q.rope.astype(query.dtype)], -1)
+        key = jnp.concatenate([key, shared.astype(key.dtype)], -1)
+    query = query.reshape(b, t, g, h // g, -1) * scale
+    return contract("btgin,bsgn->bgtis", query, key), visible(q, kv)[:, None, :, None, :]
 
 
 def _pair(q, kv, scale) -> Partial:

@@ -23,9 +23,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--chat", action="store_true", help="the text is a user's message, answered as one")
     add("--max_new", type=int, required=True, metavar="N", help="tokens to add")
     add("--temperature", type=float, default=0.0, help="0 (default): the likeliest token")
-    add("--top_k", type=int, metavar="K", help="choose among the K likeliest")
-    add("--top_p", type=float, metavar="P", help="choose among the likeliest that sum to P")
-    add("--min_p", type=float, metavar="P", help="leave out what is below P times the likeliest")
+    add("--top_k", type=int, default=0, metavar="K", help="choose among the K likeliest")
+    add("--top_p", type=float, default=1.0, metavar="P",
+        help="choose among the likeliest that sum to P")
+    add("--min_p", type=float, default=0.0, metavar="P",
+        help="leave out what is below P times the likeliest")
     add("--repetition_penalty", type=float, default=1.0, help="above 1: repeat less")
     add("--seed", type=int, default=0, help="the same seed gives the same tokens")
     add("--stop", action="append", default=[], metavar="TEXT", help="end before this; repeatable")
@@ -60,6 +62,8 @@ def main(args: argparse.Namespace) -> int:
 
 def _arrays(args: argparse.Namespace, sampling) -> int:
     """Token arrays in, token arrays out; a row that met a stop id repeats it to its end."""
+    from pathlib import Path
+
     import jax.numpy as jnp
     import numpy as np
     from tqdm import tqdm
@@ -69,13 +73,13 @@ def _arrays(args: argparse.Namespace, sampling) -> int:
     from kimijax.generate import decoder, generate
     from kimijax.ops.attend import local
 
-    ids = read_tokens(args.tokens, read_config(args.checkpoint).vocab)
+    ids = read_tokens(args.tokens, read_config(Path(args.checkpoint)).vocab)
     rows, length = ids.shape
     with new_array(args.out, (rows, length + args.max_new), np.int32) as out:
         loaded = load(args.checkpoint, args.dtype, keep=args.weights == "keep")
-        programs = decoder(loaded.cfg, local(), sampling, jnp.dtype(args.dtype))
+        programs = decoder(loaded.cfg, local(), jnp.dtype(args.dtype))
         out[:, :length] = ids
-        tokens = generate(programs, loaded.params, list(ids), args.max_new)
+        tokens = generate(programs, loaded.params, list(ids), args.max_new, sampling)
         stopped = np.zeros(rows, bool)
         for i, token in enumerate(tqdm(tokens, total=args.max_new, unit="tok")):
             out[:, length + i] = np.where(stopped, out[:, length + i - 1], token)
@@ -101,21 +105,23 @@ def _text(args: argparse.Namespace, sampling) -> int:
     tokenizer = load_tokenizer(args.checkpoint)
     text = _prompt(args)
     if args.chat:
-        ids = encode_chat(tokenizer, [{"role": "user", "content": text}])
+        ids = encode_chat(tokenizer, [{"role": "user", "content": text}],
+                          template=tokenizer.chat_template)
     else:
         ids = tokenizer.encode(text)
     loaded = load(args.checkpoint, args.dtype, keep=args.weights == "keep")
-    programs = decoder(loaded.cfg, local(), sampling, jnp.dtype(args.dtype))
+    programs = decoder(loaded.cfg, local(), jnp.dtype(args.dtype))
     ends = {*args.stop_ids, *tokenizer.eos}
     pieces, stops = StreamDecoder(tokenizer), StopStream(args.stop)
-    for token in generate(programs, loaded.params, [np.array(ids, np.int32)], args.max_new):
+    prompts = [np.array(ids, np.int32)]
+    for token in generate(programs, loaded.params, prompts, args.max_new, sampling):
         if int(token[0]) in ends:
             break
         print(stops.push(pieces.push(int(token[0]))), end="", flush=True)
         if stops.stopped:
             break
     if not stops.stopped:
-        print(stops.push(pieces.flush()) + stops.flush(), end="")
+        print(stops.push(pieces.finish()) + stops.finish(), end="")
     print()
     return 0
 

@@ -1,67 +1,29 @@
-"""Text <-> token ids for three kinds of files: tokenizer.json, Kimi's tiktoken.model, plain bytes.
+"""Text <-> token ids of a model directory: tokenizer.json, Kimi's tiktoken.model, or bytes."""
 
-Files are read as if a stranger had made them, and so is text: unless it is asked for, no text
-encodes to a special token.
-"""
-
-import base64
-import contextlib
-import importlib
-import json
 import operator
 import os
-import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
-from typing import Protocol
 
+from kimijax.data.codecs import (
+    CONFIG,
+    BytesCodec,
+    Codec,
+    JsonCodec,
+    TiktokenCodec,
+    is_id,
+    read_file,
+    read_object,
+    refusing,
+    reserved_names,
+)
 from kimijax.errors import UserError
 
 HUGGING_FACE, TIKTOKEN = "tokenizer.json", "tiktoken.model"
-CONFIG, GENERATION, TEMPLATE = (
-    "tokenizer_config.json", "generation_config.json", "chat_template.jinja",
-)
+GENERATION, TEMPLATE = "generation_config.json", "chat_template.jinja"
 TURN_END = "<|im_end|>"
-RESERVED = 256  # special ids behind a tiktoken.model's own; with K2's 163,584 they make 163,840
-
-MAX_FILE = 256 << 20  # bytes
-MAX_VOCAB = 1 << 24
 LOST = "\N{REPLACEMENT CHARACTER}"
-
-# How Kimi cuts text before merging bytes (tokenization_kimi.py beside the weights of Kimi-K2).
-# Han runs stand alone; words keep one leading space or mark and an English ending; numbers are cut
-# in threes.
-_ENDING = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
-_UPPER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}&&[^\p{Han}]]"
-_LOWER = r"[\p{Ll}\p{Lm}\p{Lo}\p{M}&&[^\p{Han}]]"
-KIMI_PATTERN = "|".join(
-    [
-        r"[\p{Han}]+",
-        rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}*{_LOWER}+{_ENDING}",
-        rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}+{_LOWER}*{_ENDING}",
-        r"\p{N}{1,3}",
-        r" ?[^\s\p{L}\p{N}]+[\r\n]*",
-        r"\s*[\r\n]+",
-        r"\s+(?!\S)",
-        r"\s+",
-    ]
-)
-# The same file cuts long text here, since tiktoken's regex overflows on it; the cuts decide ids.
-_MAX_TEXT, _MAX_RUN = 400_000, 25_000
-_LONG_RUN = re.compile(rf"\s{{{_MAX_RUN + 1},}}|\S{{{_MAX_RUN + 1},}}")
-
-
-class Codec(Protocol):
-    """What differs between the kinds. Ids and text were checked by `Tokenizer`."""
-
-    vocab: int
-    specials: dict[str, int]
-
-    def encode(self, text: str, special: bool) -> list[int]: ...
-
-    def decode(self, ids: list[int]) -> str: ...
 
 
 @dataclass(frozen=True)
@@ -122,7 +84,8 @@ class StreamDecoder:
 
     def __init__(self, tokenizer: Tokenizer):
         self._decode = tokenizer.decode
-        self._ids: list[int] = []  # the last ones shown, whose neighbours they are, and new ones
+        self._ids: list[int] = []  # those shown last, then those held back
+        self._context = 0  # ids shown: some decoders treat the first of a text differently
         self._shown = 0  # characters of their text
 
     def push(self, token: int) -> str:
@@ -132,31 +95,23 @@ class StreamDecoder:
         end = len(self._ids)
         if text.endswith(LOST):
             # A character has at most four bytes, so three more tokens settle what was before them.
-            end -= 3
-            settled = self._decode(self._ids[: max(end, 0)])
-            if len(settled) <= self._shown or not text.startswith(settled):
+            end = max(end - 3, 0)
+            settled = self._decode(self._ids[:end])
+            if not text.startswith(settled):
                 return ""
             text = settled
-        return self._show(text, end)
+        new = text[self._shown :]
+        if new:
+            del self._ids[: self._context]
+            self._context = end - self._context
+            self._shown = len(self._decode(self._ids[: self._context]))
+        return new
 
     def finish(self) -> str:
         """The text still held back, with U+FFFD for half a character; then it starts anew."""
         text = self._decode(self._ids)[self._shown :]
-        self._ids, self._shown = [], 0
+        self._ids, self._context, self._shown = [], 0, 0
         return text
-
-    def _show(self, text: str, end: int) -> str:
-        new = text[self._shown :]
-        if new:
-            # Some decoders treat the first token differently, so the last shown text stays.
-            start = next(i for i in range(end, -1, -1) if self._told(text, new, i, end))
-            self._shown = len(self._decode(self._ids[start:end]))
-            del self._ids[:start]
-        return new
-
-    def _told(self, text: str, new: str, start: int, end: int) -> bool:
-        """Whether the ids from `start` on are text that ends in what was just shown."""
-        return start == 0 or self._decode(self._ids[start:end]).endswith(new)
 
 
 def load_tokenizer(directory: str | os.PathLike) -> Tokenizer:
@@ -170,14 +125,14 @@ def load_tokenizer(directory: str | os.PathLike) -> Tokenizer:
     if not directory.is_dir():
         state = "is not a directory" if directory.exists() else "does not exist"
         raise UserError(f"{directory}: {state}; name the directory of a model")
-    config = _read_object(directory / CONFIG)
+    config = read_object(directory / CONFIG)
     # lexists: a broken link is a fault to name, not a reason to read bytes.
     if os.path.lexists(path := directory / TIKTOKEN):
-        codec: Codec = _Tiktoken(path, _reserved_names(directory / CONFIG, config))
+        codec: Codec = TiktokenCodec(path, reserved_names(directory / CONFIG, config))
     elif os.path.lexists(path := directory / HUGGING_FACE):
-        codec = _HuggingFace(path)
+        codec = JsonCodec(path)
     else:
-        codec = _Bytes()
+        codec = BytesCodec()
     ends = [_special_id(directory / CONFIG, config, "eos_token", codec)]
     ends += _generation_ends(directory / GENERATION, codec.vocab)
     ends += [codec.specials.get(TURN_END)]
@@ -189,251 +144,11 @@ def load_tokenizer(directory: str | os.PathLike) -> Tokenizer:
     )
 
 
-def need(module: str, purpose: str) -> ModuleType:
-    """A library of the extra [text], imported only where it is used; UserError where it lacks."""
-    try:
-        return importlib.import_module(module)
-    except ImportError as error:
-        raise UserError(
-            f"{purpose} needs {module}, which cannot be imported: pip install kimijax[text]"
-        ) from error
-
-
-@contextlib.contextmanager
-def refusing(what: str, remedy: str) -> Iterator[None]:
-    """Whatever foreign code stumbles over becomes a UserError: one line, what, fault and remedy."""
-    try:
-        yield
-    except (UserError, KeyboardInterrupt, SystemExit, GeneratorExit):
-        raise
-    except BaseException as error:  # a panic of a Rust library is no Exception
-        fault = " ".join(str(error).split())[:300] or type(error).__name__
-        raise UserError(f"{what}: {fault}; {remedy}") from error
-
-
-class _Bytes:
-    vocab = 256
-
-    def __init__(self) -> None:
-        self.specials: dict[str, int] = {}
-
-    def encode(self, text: str, special: bool) -> list[int]:
-        return list(text.encode("utf-8"))
-
-    def decode(self, ids: list[int]) -> str:
-        return bytes(ids).decode("utf-8", "replace")
-
-
-class _Tiktoken:
-    """Byte pairs merged by rank, and 256 reserved ids behind them."""
-
-    def __init__(self, path: Path, names: Mapping[int, str]):
-        tiktoken = need("tiktoken", path.name)
-        ranks = _read_ranks(path)
-        base = len(ranks)
-        for i in names:
-            if not base <= i < base + RESERVED:
-                raise UserError(
-                    f"{path.with_name(CONFIG)}: added_tokens_decoder names token {i}, but "
-                    f"{path.name} reserves {base} to {base + RESERVED - 1}: take both files from "
-                    "one model"
-                )
-        reserved = range(base, base + RESERVED)
-        self.specials = {names.get(i, f"<|reserved_token_{i}|>"): i for i in reserved}
-        if len(self.specials) < RESERVED:
-            raise UserError(
-                f"{path.with_name(CONFIG)}: added_tokens_decoder gives one name to two tokens"
-            )
-        self.vocab = base + RESERVED
-        with refusing(str(path), "fetch it again"):
-            self._encoding = tiktoken.Encoding(
-                name=path.name,
-                pat_str=KIMI_PATTERN,
-                mergeable_ranks=ranks,
-                special_tokens=self.specials,
-            )
-
-    def encode(self, text: str, special: bool) -> list[int]:
-        ids: list[int] = []
-        with refusing("the text cannot be encoded", "encode it in smaller pieces"):
-            for piece in _bounded(text):
-                if special:
-                    ids += self._encoding.encode(piece, allowed_special="all")
-                else:
-                    ids += self._encoding.encode_ordinary(piece)
-        return ids
-
-    def decode(self, ids: list[int]) -> str:
-        return self._encoding.decode(ids)
-
-
-class _HuggingFace:
-    """A tokenizer.json. Every added token but runs of spaces is special, whatever its flag says.
-
-    Files often flag tool marks as not special to keep them in decoded text; a user's text must not
-    become one all the same.
-    """
-
-    def __init__(self, path: Path):
-        library = need("tokenizers", path.name)
-        data = _read_object(path)
-        if not data:
-            raise UserError(f"{path}: is empty or cannot be found; fetch it again")
-        added = _added_tokens(path, data)
-        self.specials = {name: i for name, i in added.items() if name.strip()}
-        with refusing(f"{path}: is no tokenizer", "fetch it again"):
-            source = json.dumps(data)
-            self._marked, self._plain = (library.Tokenizer.from_str(source) for _ in range(2))
-            ids = self._marked.get_vocab(with_added_tokens=True)
-        self._plain.encode_special_tokens = True  # the library's name for "as ordinary text"
-        for tokenizer in (self._marked, self._plain):
-            tokenizer.no_truncation()  # a file may say to cut or to fill what it encodes
-            tokenizer.no_padding()
-        self.vocab = max(ids.values(), default=-1) + 1
-        if not 0 < self.vocab <= MAX_VOCAB:
-            raise UserError(
-                f"{path}: its ids end at {self.vocab - 1}; must be from 0 to {MAX_VOCAB - 1}"
-            )
-        for name, i in added.items():
-            if ids.get(name) != i:
-                raise UserError(f"{path}: says that {name!r} is token {i}, but it is {ids[name]}")
-        unknown = _unknown_id(data, ids)
-        self._forbidden = set(self.specials.values()) - {unknown}
-        names = sorted(self.specials, key=len, reverse=True)
-        self._mark = re.compile("|".join(map(re.escape, names)) or r"(?!)")
-
-    def encode(self, text: str, special: bool) -> list[int]:
-        with refusing("the text cannot be encoded", "the tokenizer lacks a token for it"):
-            if special:
-                return self._marked.encode(text, add_special_tokens=False).ids
-            ids = self._plain.encode(text, add_special_tokens=False).ids
-            if self._forbidden.isdisjoint(ids):
-                return ids
-            # Its ordinary vocabulary holds the names too: break them after the first letter.
-            cuts = [0, *(m.start() + 1 for m in self._mark.finditer(text)), len(text)]
-            pieces = [text[a:b] for a, b in zip(cuts, cuts[1:], strict=False)]
-            ids = [i for p in pieces for i in self._plain.encode(p, add_special_tokens=False).ids]
-        if not self._forbidden.isdisjoint(ids):
-            raise UserError(
-                "the text holds the name of a special token, which this tokenizer cannot write as "
-                "ordinary text: remove it"
-            )
-        return ids
-
-    def decode(self, ids: list[int]) -> str:
-        with refusing("the tokens cannot be decoded", "fetch the tokenizer again"):
-            return self._marked.decode(ids, skip_special_tokens=False)
-
-
-def _read(path: Path, limit: int = MAX_FILE) -> bytes:
-    try:
-        if (size := path.stat().st_size) > limit:
-            raise UserError(f"{path}: has {size} bytes; at most {limit} are read")
-        if not path.is_file():
-            raise UserError(f"{path}: is no regular file")
-        return path.read_bytes()
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read: {error.strerror}") from error
-
-
-def _read_object(path: Path) -> dict:
-    """A JSON object; empty where there is no such file."""
-    if not os.path.lexists(path):
-        return {}
-    content = _read(path)
-    with refusing(f"{path}: cannot be read as JSON", "fetch it again"):
-        data = json.loads(content.decode("utf-8"))
-    if not isinstance(data, dict):
-        raise UserError(f"{path}: must be a JSON object, not a {type(data).__name__}")
-    return data
-
-
-def _read_ranks(path: Path) -> dict[bytes, int]:
-    """Token -> rank from lines "base64 rank"; ranks are 0, 1, ... and every byte is a token."""
-    ranks: dict[bytes, int] = {}
-    for number, line in enumerate(_read(path).splitlines(), 1):
-        if not line:
-            continue
-        token, _, rank = line.partition(b" ")
-        try:
-            piece = base64.b64decode(token, validate=True)
-            if not piece or not rank.isdigit() or len(rank) > 8 or piece in ranks:
-                raise ValueError
-        except ValueError:
-            raise UserError(
-                f"{path}: line {number} is {line[:60]!r}, not a new token in base64 and its rank; "
-                "fetch it again"
-            ) from None
-        ranks[piece] = int(rank)
-    missing = set(range(len(ranks))).difference(ranks.values())
-    if missing or len(ranks) > MAX_VOCAB:
-        raise UserError(
-            f"{path}: {len(ranks)} ranks must be 0 to {len(ranks) - 1}, each once, but "
-            f"{min(missing, default=MAX_VOCAB)} is not among them; fetch it again"
-        )
-    if absent := [i for i in range(256) if bytes([i]) not in ranks]:
-        raise UserError(f"{path}: has no token for the byte {absent[0]}; fetch it again")
-    return ranks
-
-
-def _bounded(text: str) -> Iterator[str]:
-    """The text in the pieces that the reference encodes one by one."""
-    for begin in range(0, len(text), _MAX_TEXT):
-        part, start = text[begin : begin + _MAX_TEXT], 0
-        for run in _LONG_RUN.finditer(part):
-            for cut in range(run.start() + _MAX_RUN, run.end(), _MAX_RUN):
-                yield part[start:cut]
-                start = cut
-        yield part[start:]
-
-
-def _reserved_names(path: Path, config: dict) -> dict[int, str]:
-    """Id -> name from added_tokens_decoder of tokenizer_config.json."""
-    entries = config.get("added_tokens_decoder", {})
-    if not isinstance(entries, dict):
-        raise UserError(f"{path}: added_tokens_decoder must be an object of ids, not {entries!r:.60}")
-    names = {}
-    for key, entry in entries.items():
-        name = entry.get("content") if isinstance(entry, dict) else None
-        if not (key.isascii() and key.isdigit() and len(key) < 9 and _is_name(name)):
-            raise UserError(
-                f"{path}: added_tokens_decoder holds {key!r:.40}: {entry!r:.60}; must be an id and "
-                'an object with "content"'
-            )
-        names[int(key)] = name
-    return names
-
-
-def _added_tokens(path: Path, data: dict) -> dict[str, int]:
-    """Name -> id of the added tokens, which are flagged special unless they are only spaces."""
-    entries = data.get("added_tokens") or []
-    if not isinstance(entries, list):
-        raise UserError(f"{path}: added_tokens must be a list, not {entries!r:.60}")
-    added: dict[str, int] = {}
-    for entry in entries:
-        name = entry.get("content") if isinstance(entry, dict) else None
-        i = entry.get("id") if isinstance(entry, dict) else None
-        if not _is_name(name) or not _is_id(i, MAX_VOCAB) or name in added:
-            raise UserError(
-                f"{path}: added_tokens holds {entry!r:.80}; must be an object with a new "
-                f'"content" and an "id" below {MAX_VOCAB}'
-            )
-        entry["special"] = bool(name.strip())
-        added[name] = i
-    return added
-
-
-def _unknown_id(data: dict, ids: dict[str, int]) -> int | None:
-    """The id that the model gives to what it cannot express: text may always become it."""
-    model = data["model"]  # the library has read it
-    return model["unk_id"] if "unk_id" in model else ids.get(model.get("unk_token") or "")
-
-
 def _special_id(path: Path, config: dict, key: str, codec: Codec) -> int | None:
     """The id of config's bos_token or eos_token: a name, an object with "content", or nothing."""
     name = config.get(key)
     name = name.get("content") if isinstance(name, dict) else name
-    if name is None or isinstance(codec, _Bytes):
+    if name is None or isinstance(codec, BytesCodec):
         return None
     if not isinstance(name, str) or name not in codec.specials:
         raise UserError(f"{path}: {key} {name!r:.60} is not among the tokenizer's special tokens")
@@ -442,10 +157,10 @@ def _special_id(path: Path, config: dict, key: str, codec: Codec) -> int | None:
 
 def _generation_ends(path: Path, vocab: int) -> list[int]:
     """The ids of eos_token_id in generation_config.json: a number, a list of them, or nothing."""
-    ends = _read_object(path).get("eos_token_id")
+    ends = read_object(path).get("eos_token_id")
     ends = ends if isinstance(ends, list) else [] if ends is None else [ends]
     for i in ends:
-        if not _is_id(i, vocab):
+        if not is_id(i, vocab):
             raise UserError(f"{path}: eos_token_id {i!r:.60} is not an id below {vocab}")
     return ends
 
@@ -453,7 +168,7 @@ def _generation_ends(path: Path, vocab: int) -> list[int]:
 def _chat_template(directory: Path, config: dict) -> str | None:
     path = directory / TEMPLATE
     if os.path.lexists(path):
-        content = _read(path, limit=1 << 20)
+        content = read_file(path, limit=1 << 20)
         with refusing(f"{path}: is not UTF-8", "fetch it again"):
             return content.decode("utf-8")
     template = config.get("chat_template")
@@ -466,11 +181,3 @@ def _chat_template(directory: Path, config: dict) -> str | None:
             f"not {template!r:.60}"
         )
     return template
-
-
-def _is_name(name: object) -> bool:
-    return isinstance(name, str) and bool(name)
-
-
-def _is_id(i: object, limit: int) -> bool:
-    return isinstance(i, int) and not isinstance(i, bool) and 0 <= i < limit

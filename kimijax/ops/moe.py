@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from kimijax.config import FP8_BLOCK
 
 LARGEST_TILE = 128
+UNROLLED = 64  # tiles of a row each that are written out and not looped over
 
 
 class Dispatch(NamedTuple):
@@ -91,19 +92,24 @@ def expert_mlp(
     Packed matrices are expanded one expert at a time.
     """
     n, d = x.shape
-    tile = plan.source.shape[0] // plan.expert.shape[0]
+    tiles = plan.expert.shape[0]
+    tile = plan.source.shape[0] // tiles
     padded = jnp.concatenate([x, jnp.zeros((1, d), x.dtype)])
     rows = padded[plan.source].reshape(-1, tile, d)
 
+    def mlp(row, expert):
+        h = jax.nn.silu(row @ matrix(gate, expert, x.dtype))
+        h = h * (row @ matrix(up, expert, x.dtype))
+        return h @ matrix(down, expert, x.dtype)
+
+    if tile == 1 and tiles <= UNROLLED:
+        # Every tile has its row. Written out, the slice of an expert is one with that of its layer;
+        # a loop would have the experts of the layer copied for it, those that nobody chose too.
+        return jnp.concatenate([mlp(rows[i], plan.expert[i]) for i in range(tiles)])
+
     def one(_, xs):
         row, expert, live = xs
-
-        def use():
-            h = jax.nn.silu(row @ matrix(gate, expert, x.dtype))
-            h = h * (row @ matrix(up, expert, x.dtype))
-            return h @ matrix(down, expert, x.dtype)
-
-        return None, jax.lax.cond(live, use, lambda: jnp.zeros_like(row))
+        return None, jax.lax.cond(live, lambda: mlp(row, expert), lambda: jnp.zeros_like(row))
 
     return jax.lax.scan(one, None, (rows, plan.expert, plan.live))[1].reshape(-1, d)
 

@@ -1,0 +1,283 @@
+"""Conversations as text and as token ids: Kimi K2's own format, or a model's Jinja template.
+
+In K2's format every turn is `<|im_ROLE|>NAME<|im_middle|>BODY<|im_end|>`, without line breaks
+between turns (chat_template.jinja and docs/tool_call_guidance.md of Kimi-K2).
+"""
+
+import functools
+import json
+from collections.abc import Iterator, Mapping, Sequence
+
+from kimijax.data.codecs import CONFIG, need, refusing
+from kimijax.data.tokenizer import Tokenizer
+from kimijax.errors import UserError
+
+SYSTEM = "You are Kimi, an AI assistant created by Moonshot AI."
+ROLES = ("system", "user", "assistant", "tool")
+MAX_RENDERED = 1 << 26  # characters
+
+_TEMPLATE_FAULT = "the chat template fails", "mend it, or leave it out for Kimi K2's own format"
+
+
+class Mark(str):
+    """The name of a special token where it means structure; any other str is what someone wrote."""
+
+
+IM_SYSTEM, IM_USER, IM_ASSISTANT, IM_MIDDLE, IM_END = (
+    Mark(f"<|im_{name}|>") for name in ("system", "user", "assistant", "middle", "end")
+)
+CALLS, CALLS_END = Mark("<|tool_calls_section_begin|>"), Mark("<|tool_calls_section_end|>")
+CALL, ARGUMENTS, CALL_END = (
+    Mark(f"<|tool_call_{name}|>") for name in ("begin", "argument_begin", "end")
+)
+
+
+def render_chat(
+    messages: Sequence[Mapping],
+    tools: Sequence[Mapping] | None = None,
+    template: str | None = None,
+    add_generation_prompt: bool = True,
+    variables: Mapping[str, object] | None = None,
+) -> str:
+    """A conversation as one text; UserError names the message that is malformed.
+
+    messages   {"role", "content"} and optionally "name"; an assistant's "tool_calls" hold {"id",
+               "function": {"name", "arguments"}}, a tool's message has its "tool_call_id"; a list
+               of text parts as content is joined
+    tools      function declarations; Kimi's own tokenizer sorts their keys and so does its format
+               here, a template gets them as they are
+    template   Jinja source, as transformers renders it; None: Kimi K2's own format
+    variables  what else the template reads, as bos_token
+
+    A template is a stranger's program. The sandbox keeps it from the machine and its output is
+    bounded, its running time is not. The text does not tell what a user wrote from structure:
+    `encode_chat` does.
+    """
+    messages, tools = _checked_chat(messages, tools)
+    if template is None:
+        return "".join(_parts(messages, tools, add_generation_prompt))
+    with refusing(*_TEMPLATE_FAULT):
+        pieces = _compiled(template).generate(
+            **dict(variables or {}),
+            messages=messages,
+            tools=tools or None,
+            add_generation_prompt=add_generation_prompt,
+        )
+        return "".join(_bounded(pieces))
+
+
+def encode_chat(
+    tokenizer: Tokenizer,
+    messages: Sequence[Mapping],
+    tools: Sequence[Mapping] | None = None,
+    template: str | None = None,
+    add_generation_prompt: bool = True,
+    variables: Mapping[str, object] | None = None,
+) -> list[int]:
+    """The ids of a conversation, in which nothing that anyone wrote becomes a special token.
+
+    In Kimi K2's own format contents are encoded as ordinary text. A template mixes them with
+    structure, so there any string with the name of a special token in it is refused.
+    """
+    messages, tools = _checked_chat(messages, tools)
+    if template is None:
+        return _encode_parts(tokenizer, _parts(messages, tools, add_generation_prompt))
+    with refusing("the messages cannot be searched", "nest them less"):
+        for text in _strings([messages, tools]):
+            for name in tokenizer.specials:
+                if name in text:
+                    raise UserError(
+                        f"the messages hold {name!r}, a special token: remove it, or leave the "
+                        "chat template out, since in Kimi K2's own format it is harmless"
+                    )
+    names = {i: name for name, i in tokenizer.specials.items()}
+    known = {"bos_token": names.get(tokenizer.bos, "")}
+    known["eos_token"] = names.get(tokenizer.eos[0], "") if tokenizer.eos else ""
+    known |= variables or {}
+    text = render_chat(messages, tools, template, add_generation_prompt, known)
+    return tokenizer.encode(text, special=True)
+
+
+def _encode_parts(tokenizer: Tokenizer, parts: Iterator[str]) -> list[int]:
+    ids: list[int] = []
+    written = ""  # encoded as one, since a token may span what two parts say
+    for part in parts:
+        if not isinstance(part, Mark):
+            written += part
+            continue
+        if part not in tokenizer.specials:
+            raise UserError(
+                f"the tokenizer has no special token {part!s}: put the model's {CONFIG} beside "
+                "its tokenizer, or use the model's chat template"
+            )
+        ids += [*tokenizer.encode(written), tokenizer.specials[part]]
+        written = ""
+    return ids + tokenizer.encode(written)
+
+
+def _parts(
+    messages: Sequence[Mapping], tools: Sequence[Mapping], add_generation_prompt: bool
+) -> Iterator[str]:
+    """Kimi K2's own format: marks and what stands between them."""
+    if tools:
+        declared = json.dumps(tools, ensure_ascii=False, separators=(",", ":"), sort_keys=True)
+        yield from (IM_SYSTEM, "tool_declare", IM_MIDDLE, declared, IM_END)
+    if messages[0]["role"] != "system":
+        yield from (IM_SYSTEM, "system", IM_MIDDLE, SYSTEM, IM_END)
+    for message in messages:
+        role = message["role"]
+        opening = {"user": IM_USER, "assistant": IM_ASSISTANT}.get(role, IM_SYSTEM)
+        yield from (opening, message.get("name") or role, IM_MIDDLE)
+        if role == "tool":
+            yield f"## Return of {message['tool_call_id']}\n"
+        yield message["content"] or ""
+        if calls := message.get("tool_calls"):
+            yield CALLS
+            for call in calls:
+                yield from (CALL, call["id"], ARGUMENTS, _arguments(call), CALL_END)
+            yield CALLS_END
+        yield IM_END
+    if add_generation_prompt:
+        yield from (IM_ASSISTANT, "assistant", IM_MIDDLE)
+
+
+def _arguments(call: Mapping) -> str:
+    arguments = call["function"]["arguments"]
+    return arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
+
+
+def _checked_chat(messages: object, tools: object) -> tuple[list[dict], list[Mapping]]:
+    messages = [_checked(i, message) for i, message in enumerate(_items("messages", messages))]
+    if not messages:
+        raise UserError("a chat needs at least one message")
+    tools = _items("tools", tools or [])
+    for tool in tools:
+        if not isinstance(tool, Mapping):
+            raise UserError(f"the tool {tool!r:.60} must be an object that declares a function")
+    _check_json("tools", tools)
+    return messages, tools
+
+
+def _checked(i: int, message: object) -> dict:
+    """A message whose content is one text, or None beside tool calls."""
+    where = f"message {i}"
+    if not isinstance(message, Mapping):
+        raise UserError(f"{where} is {message!r:.60}; must be an object with role and content")
+    role = message.get("role")
+    if role not in ROLES:
+        raise UserError(f"{where} has the role {role!r:.60}; must be one of {', '.join(ROLES)}")
+    if not isinstance(message.get("name", ""), str | None):
+        raise UserError(f"{where} has the name {message['name']!r:.60}; must be text")
+    calls = message.get("tool_calls")
+    if calls is not None and role != "assistant":
+        raise UserError(f"{where} of the {role} has tool_calls; only an assistant calls tools")
+    for call in _items(f"tool_calls of {where}", calls or []):
+        _check_call(where, call)
+    if role == "tool" and not isinstance(message.get("tool_call_id"), str):
+        raise UserError(f"{where} of a tool must have the tool_call_id of the call it answers")
+    content = _joined(where, message.get("content"))
+    if content is None and not calls:
+        raise UserError(f"{where} of the {role} has no content; must be text")
+    return {**message, "content": content}
+
+
+def _joined(where: str, content: object) -> str | None:
+    """The text of a content that may be a list of parts."""
+    if content is None or isinstance(content, str):
+        return content
+    texts = []
+    for part in _items(f"content of {where}", content):
+        text = part.get("text") if isinstance(part, Mapping) else None
+        if not isinstance(text, str) or part.get("type", "text") != "text":
+            raise UserError(f"{where} has the part {part!r:.60}; only parts of text are read")
+        texts.append(text)
+    return "".join(texts)
+
+
+def _check_call(where: str, call: object) -> None:
+    function = call.get("function") if isinstance(call, Mapping) else None
+    if (
+        not isinstance(function, Mapping)
+        or not isinstance(call.get("id"), str)
+        or not isinstance(function.get("name"), str)
+        or not isinstance(function.get("arguments"), str | Mapping)
+    ):
+        raise UserError(
+            f'{where} has the tool call {call!r:.60}; must be {{"id", "function": {{"name", '
+            '"arguments"}}'
+        )
+    _check_json(f"the arguments of a tool call of {where}", function["arguments"])
+
+
+def _items(what: str, value: object) -> list:
+    if isinstance(value, str | bytes | Mapping) or not isinstance(value, Sequence):
+        raise UserError(f"{what} must be a list, not {value!r:.60}")
+    return list(value)
+
+
+def _check_json(what: str, value: object) -> None:
+    with refusing(f"{what} cannot be written as JSON", "use objects, lists, text and numbers"):
+        json.dumps(value, allow_nan=False, sort_keys=True)
+
+
+def _strings(value: object) -> Iterator[str]:
+    """Every string in nested lists and objects, keys included."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping):
+        yield from (text for pair in value.items() for item in pair for text in _strings(item))
+    elif isinstance(value, Sequence):
+        yield from (text for item in value for text in _strings(item))
+
+
+def _bounded(pieces: Iterator[str]) -> Iterator[str]:
+    """The pieces of a rendering, unless they grow too long."""
+    total = 0
+    for piece in pieces:
+        total += len(piece)
+        _check_size(total)
+        yield piece
+
+
+def _check_size(size: int) -> None:
+    if size > MAX_RENDERED:
+        raise UserError(f"the chat template writes more than {MAX_RENDERED} characters")
+
+
+@functools.lru_cache(maxsize=8)
+def _compiled(source: str):
+    """A template in the environment that transformers gives to chat templates."""
+    need("jinja2", "a chat template")
+    from jinja2 import TemplateError
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    def raise_exception(message: str) -> None:
+        raise TemplateError(message)
+
+    def tojson(value, ensure_ascii=False, indent=None, separators=None, sort_keys=False) -> str:
+        return json.dumps(  # Jinja's own escapes HTML
+            value, ensure_ascii=ensure_ascii, indent=indent, separators=separators,
+            sort_keys=sort_keys,
+        )
+
+    def repeat(a, b):
+        if isinstance(a, int) and hasattr(b, "__len__"):
+            a, b = b, a
+        if hasattr(a, "__len__") and isinstance(b, int):
+            _check_size(len(a) * b)
+        return a * b
+
+    def power(a, b):
+        if isinstance(a, int) and isinstance(b, int) and a.bit_length() * b > 4096:
+            raise TemplateError("a power has more than 4096 bits")
+        return a**b
+
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+    )
+    environment.filters["tojson"] = tojson
+    environment.globals["raise_exception"] = raise_exception
+    # A product is the shortest way to more text than memory holds.
+    environment.intercepted_binops = frozenset({"*", "**"})
+    environment.binop_table |= {"*": repeat, "**": power}
+    return environment.from_string(source)

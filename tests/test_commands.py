@@ -1,0 +1,140 @@
+"""The commands on files: logits, generate, describe and convert, and what they refuse."""
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from kimijax import cli
+
+GOLDENS = Path(__file__).parent / "goldens"
+K2 = str(GOLDENS / "k2_tiny")
+ABSOLUTE = 2e-4
+
+
+@pytest.fixture
+def answers():
+    with np.load(GOLDENS / "k2_tiny" / "io.npz") as held:
+        return dict(held)
+
+
+@pytest.fixture
+def kimijax(monkeypatch, capsys):
+    """Run the command line in this process: (exit code, stdout, stderr)."""
+
+    def run(*args):
+        monkeypatch.setattr(sys, "argv", ["kimijax", *map(str, args)])
+        with pytest.raises(SystemExit) as stop:
+            cli.run()
+        return stop.value.code or 0, *capsys.readouterr()
+
+    return run
+
+
+def test_logits_of_an_array(kimijax, answers, tmp_path):
+    np.save(tmp_path / "in.npy", answers["input_ids"])
+    code, _, errors = kimijax("logits", "--checkpoint", K2, "--tokens", tmp_path / "in.npy",
+                              "--out", tmp_path / "out.npy")
+    assert code == 0, errors
+    got = np.load(tmp_path / "out.npy")
+    assert got.dtype == np.float32 and np.abs(got - answers["logits"]).max() < ABSOLUTE
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["in.npy", "out.npy"]
+
+
+def test_bfloat16_logits_are_near(kimijax, answers, tmp_path):
+    np.save(tmp_path / "in.npy", answers["input_ids"][:1])
+    code, _, errors = kimijax("logits", "--checkpoint", K2, "--tokens", tmp_path / "in.npy",
+                              "--out", tmp_path / "out.npy", "--dtype", "bfloat16")
+    assert code == 0, errors
+    off = np.abs(np.load(tmp_path / "out.npy") - answers["logits"][:1])
+    assert np.median(off) < 0.05 * answers["logits"].std()
+
+
+def test_generated_tokens_of_an_array_and_of_a_conversion(kimijax, answers, tmp_path):
+    np.save(tmp_path / "in.npy", answers["gen_prompt"])
+    assert kimijax("convert", K2, tmp_path / "ours", "--to", "orbax")[0] == 0
+    for n, checkpoint in enumerate((K2, tmp_path / "ours")):
+        code, _, errors = kimijax(
+            "generate", "--checkpoint", checkpoint, "--tokens", tmp_path / "in.npy",
+            "--out", tmp_path / f"out{n}.npy", "--max_new", 16,
+        )
+        assert code == 0, errors
+        want = np.concatenate([answers["gen_prompt"], answers["gen_tokens"]], 1)
+        got = np.load(tmp_path / f"out{n}.npy")
+        assert got.dtype == np.int32
+        np.testing.assert_array_equal(got, want)
+
+
+def test_rows_end_at_a_stop_id(kimijax, answers, tmp_path):
+    np.save(tmp_path / "in.npy", answers["gen_prompt"])
+    stop = int(answers["gen_tokens"][0, 3])
+    code, _, errors = kimijax(
+        "generate", "--checkpoint", K2, "--tokens", tmp_path / "in.npy", "--out",
+        tmp_path / "out.npy", "--max_new", 16, "--stop_ids", stop,
+    )
+    assert code == 0, errors
+    first = np.load(tmp_path / "out.npy")[0, -16:]
+    at = list(answers["gen_tokens"][0]).index(stop)
+    np.testing.assert_array_equal(first[: at + 1], answers["gen_tokens"][0, : at + 1])
+    assert (first[at:] == stop).all()
+
+
+def test_text_is_continued_the_same_for_the_same_seed(kimijax, tmp_path):
+    (tmp_path / "prompt.txt").write_text("def f(x):")
+    sampled = ("--checkpoint", K2, "--max_new", 12, "--temperature", 0.9, "--top_k", 40)
+    a = kimijax("generate", "--prompt", "def f(x):", *sampled, "--seed", 5)
+    b = kimijax("generate", "--file", tmp_path / "prompt.txt", *sampled, "--seed", 5)
+    c = kimijax("generate", "--prompt", "def f(x):", *sampled, "--seed", 6)
+    assert a[0] == 0, a[2]
+    assert a[1] == b[1] != c[1]
+
+
+def test_a_description_for_people_and_for_programs(kimijax):
+    code, text, _ = kimijax("describe", "kimi_k2")
+    assert code == 0 and "60 x MLA + MoE" in text and "cache 70,272 bytes per token" in text
+    facts = json.loads(kimijax("describe", K2, "--json")[1])
+    assert facts["parameters"] > facts["active_parameters"] > 0
+    assert facts["cache_bytes_per_token"] == 3 * 2 * (32 + 16)
+
+
+@pytest.mark.parametrize(
+    "args, message",
+    [
+        (["describe", "kimi_k3"], "'kimi_k3' is neither a directory nor a preset"),
+        (["describe", "{tmp}"], "lacks config.json"),
+        (["logits", "--checkpoint", "{tmp}/none", "--tokens", "{ids}", "--out", "{out}"], "none"),
+        (["logits", "--checkpoint", K2, "--tokens", "{tmp}/x.npy", "--out", "{out}"], "x.npy"),
+        (["logits", "--checkpoint", K2, "--tokens", "{pickle}", "--out", "{out}"], "no .npy"),
+        (["logits", "--checkpoint", K2, "--tokens", "{flat}", "--out", "{out}"], "[B, T]"),
+        (["logits", "--checkpoint", K2, "--tokens", "{large}", "--out", "{out}"],
+         "token 256 at row 0, position 2 is outside the vocabulary of 256"),
+        (["logits", "--checkpoint", K2, "--tokens", "{ids}", "--out", "{tmp}/out.txt"],
+         "must name an .npy file"),
+        (["logits", "--checkpoint", K2, "--tokens", "{ids}", "--out", "{tmp}/no/out.npy"],
+         "cannot be written"),
+        (["logits", "--checkpoint", K2, "--tokens", "{ids}", "--out", "{out}", "--weights", "keep"],
+         "cannot be kept quantised"),
+        (["generate", "--checkpoint", K2, "--prompt", "x", "--max_new", "0"], "--max_new"),
+        (["generate", "--checkpoint", K2, "--tokens", "{ids}", "--max_new", "2"], "go together"),
+        (["generate", "--checkpoint", K2, "--prompt", "x", "--max_new", "2", "--top_p", "7"],
+         "top_p 7.0 must be"),
+        (["generate", "--checkpoint", K2, "--prompt", "", "--max_new", "2"], "no tokens to read"),
+        (["generate", "--checkpoint", K2, "--file", "{pickle}", "--max_new", "2"], "as text"),
+        (["convert", K2, "{tmp}", "--to", "orbax"], "exists"),
+        (["convert", "{tmp}/none", "{tmp}/b", "--to", "hf"], "does not exist"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_code_2(args, message, kimijax, tmp_path):
+    np.save(tmp_path / "ids.npy", np.zeros((1, 4), np.int32))
+    np.save(tmp_path / "flat.npy", np.zeros(4, np.int32))
+    np.save(tmp_path / "large.npy", np.array([[1, 2, 256]], np.int32))
+    np.save(tmp_path / "pickle.npy", np.array([{"a": 1}], object), allow_pickle=True)
+    places = {name: tmp_path / f"{name}.npy" for name in ("ids", "flat", "large", "pickle", "out")}
+    before = sorted(tmp_path.iterdir())
+    code, _, errors = kimijax(*(a.format(tmp=tmp_path, **places) for a in args))
+    assert code == 2
+    lines = [line for line in errors.splitlines() if "error:" in line]
+    assert len(lines) == 1 and message in lines[0], errors
+    assert "Traceback" not in errors and sorted(tmp_path.iterdir()) == before
