@@ -5,21 +5,27 @@ import json
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax.traverse_util import flatten_dict, unflatten_dict
 
 from kimijax import presets
-from kimijax.config import KDAConfig, MLAConfig, RopeConfig, YarnConfig
+from kimijax.cache import Tokens, empty_cache
+from kimijax.config import KDAConfig, MLAConfig, MoEConfig, RopeConfig, YarnConfig
 from kimijax.convert.config import from_hub, to_hub
 from kimijax.convert.load import load
 from kimijax.convert.names import rules
 from kimijax.errors import UserError
 from kimijax.generate import decoder, generate
+from kimijax.layers.ffn import MoE
 from kimijax.layers.layer import Layer
 from kimijax.metrics import describe
 from kimijax.model import Model
 from kimijax.ops.attend import local
+from kimijax.ops.norm import unit
 from kimijax.ops.rope import frequencies
+from tests.conftest import assert_close
 
 GOLDENS = Path(__file__).parent / "goldens"
 MODELS = (
@@ -68,6 +74,17 @@ def test_greedy_tokens_are_the_reference(name):
     np.testing.assert_array_equal(np.stack(tokens, 1), want["gen_tokens"])
 
 
+@pytest.mark.parametrize("name", ["k2_tiny", "kimi_linear_tiny"])
+def test_a_ragged_batch_is_every_prompt_alone(name):
+    model, want = loaded(name)
+    programs = decoder(model.cfg, local(), np.dtype(np.float32))
+    prompts = [want["gen_prompt"][0][:n] for n in (1, 33, 48)]
+    batch = np.stack(list(generate(programs, model.params, prompts, 6)), 1)
+    for prompt, got in zip(prompts, batch, strict=True):
+        alone = np.concatenate(list(generate(programs, model.params, [prompt], 6)))
+        np.testing.assert_array_equal(got, alone)
+
+
 @pytest.mark.parametrize("name", MODELS)
 def test_a_config_in_any_spelling_and_back(name):
     cfg = from_hub(json.loads((GOLDENS / name / "config.json").read_text()))
@@ -114,6 +131,51 @@ def test_yarn_of_k2_by_hand():
 def test_yarn_amplitude_without_mscales_and_given():
     assert abs(YarnConfig(factor=4.0, original=32).amplitude - 1.1386294) < 1e-6
     assert YarnConfig(factor=4.0, original=32, attention_factor=0.7).amplitude == 0.7
+
+
+def test_small_latents_are_normed_with_1e_6():
+    """Where the latent is small the epsilon decides: 1e-6, whatever rms_norm_eps is."""
+    model, want = loaded("moonlight_tiny")
+    flat = flatten_dict(model.params["params"], sep=".") | {}
+    name = "group_0.layer_0.mixer."
+    flat[f"{name}kv.w"] = flat[f"{name}kv.w"] * 1e-3
+    net, ids = Model(model.cfg, local()), want["input_ids"][:1]
+    params = {"params": unflatten_dict(flat, sep=".")}
+    cache = net.apply(params, ids, cache=empty_cache(model.cfg, 1, ids.shape[1])).cache
+    got = cache.states[0][0]["latent"][0, 0, : ids.shape[1]]
+    h = np.asarray(flat["embed"], np.float64)[ids[0]]
+    h = h / np.sqrt((h * h).mean(-1, keepdims=True) + 1e-5)
+    latent = (h * flat["group_0.layer_0.norm.w"][0]) @ flat[f"{name}kv.w"][0]
+    scale = np.sqrt((latent * latent).mean(-1, keepdims=True) + 1e-6)
+    assert_close(got, latent / scale * flat[f"{name}kv_norm.w"][0])
+
+
+def test_unit_length_has_its_epsilon_inside_the_root():
+    x = np.full((1, 4), 1e-3, np.float32)
+    assert_close(unit(jnp.asarray(x)), x / np.sqrt(4e-6 + 1e-6))
+
+
+def test_masked_groups_are_never_chosen_though_scores_are_negative():
+    """A masked score is -inf: with 0 in its place it would win over biased scores below 0."""
+    cfg = MoEConfig(experts=8, top_k=3, width=4, shared_width=4, groups=4, top_groups=2)
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(1, 32, 6)).astype(np.float32)
+    router, bias = rng.normal(size=(6, 8)), rng.normal(size=8) * 0.1 - 5
+    zero = {n: np.zeros((8, *s)) for n, s in (("gate", (6, 4)), ("up", (6, 4)), ("down", (4, 6)))}
+    shared = {n: {"w": np.zeros((4, 6) if n == "down" else (6, 4))} for n in zero}
+    params = zero | {"router": router, "bias": bias, "shared": shared}
+    params = jax.tree.map(lambda a: jnp.asarray(a, jnp.float32), params)
+    pos = jnp.arange(32)[None]
+    none = jnp.zeros((1, 0), jnp.int32)
+    count = jnp.zeros(1, jnp.int32)
+    tokens = Tokens(pos, jnp.zeros_like(pos), none, none, count, count + 32)
+    _, report = MoE(cfg, local()).apply({"params": params}, jnp.asarray(x), tokens)
+    biased = 1 / (1 + np.exp(-x[0].astype(np.float64) @ router)) + bias
+    groups = biased.reshape(32, 4, 2).sum(-1)
+    kept = np.argsort(-groups, 1)[:, :2]
+    for got, row, groups in zip(report["experts"][0], biased, kept, strict=True):
+        allowed = [e for e in range(8) if e // 2 in groups]
+        assert sorted(got.tolist()) == sorted(sorted(allowed, key=lambda e: -row[e])[:3])
 
 
 def test_latent_norms_have_their_own_epsilon():

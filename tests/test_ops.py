@@ -10,7 +10,7 @@ from kimijax import presets
 from kimijax.config import CompressedConfig, RopeConfig, WindowConfig, override
 from kimijax.metrics import prefill_flops
 from kimijax.ops.attend import Latents, attend
-from kimijax.ops.moe import combine, dispatch, expert_mlp
+from kimijax.ops.moe import combine, dispatch, expert_mlp, ragged_experts, tile_rows
 from kimijax.ops.rope import cos_sin, rotate
 from tests.conftest import CONFIGS, assert_close
 
@@ -103,6 +103,9 @@ def test_experts_by_tiles_are_experts_one_by_one(k, rng):
         y = jnp.einsum("nef,efd->ned", h, down)
         return jnp.einsum("nkd,nk->nd", jnp.take_along_axis(y, ids[..., None], 1), weight)
 
+    def ragged(x, gate, up, down, weight):
+        return ragged_experts(x, jnp.asarray(ids), weight, gate, up, down)
+
     args = (x, gate, up, down, weight)
     cotangent = normal(n, d)
     for f in (
@@ -110,6 +113,21 @@ def test_experts_by_tiles_are_experts_one_by_one(k, rng):
         lambda fn: jax.grad(lambda *a: jnp.sum(fn(*a) * cotangent), argnums=range(5))(*args),
     ):
         assert_close(f(tiled), f(dense))
+        assert_close(f(ragged), f(dense))
+
+
+@pytest.mark.parametrize(
+    "tokens, experts, top_k",
+    [(1, 384, 8), (7, 32, 4), (100, 64, 6), (2048, 32, 4), (2048, 384, 8), (4096, 64, 6)],
+)
+def test_rows_computed_are_at_most_1_3_times_those_needed(tokens, experts, top_k, rng):
+    """For tokens that choose at random; each row is where its token finds it."""
+    ids = np.argsort(rng.random((tokens, experts)), 1)[:, :top_k]
+    tile = tile_rows(ids.size, experts)
+    plan = dispatch(jnp.asarray(ids), experts, tile)
+    assert int(plan.live.sum()) * tile <= 1.3 * ids.size
+    assert (np.sort(np.asarray(plan.source)[np.asarray(plan.slot)], 0)
+            == np.arange(tokens)[:, None]).all()
 
 
 def test_executed_expert_tiles_are_few():

@@ -7,13 +7,15 @@ import jax.numpy as jnp
 from kimijax.cache import Tokens
 from kimijax.config import FP8_BLOCK, Fp8Config, Int4Config, MoEConfig, SwiGLUConfig
 from kimijax.layers.base import Proj, fan_in, weight
-from kimijax.ops.moe import Experts, Fp8, Int4, combine, dispatch, expert_mlp, tile_rows
+from kimijax.ops.attend import Ops
+from kimijax.ops.moe import Experts, Fp8, Int4
 
 
 class SwiGLU(nn.Module):
     """down(silu(gate x) * up x)."""
 
     cfg: SwiGLUConfig
+    ops: Ops
 
     @nn.compact
     def __call__(self, x, tokens: Tokens):
@@ -31,17 +33,17 @@ class MoE(nn.Module):
     """
 
     cfg: MoEConfig
+    ops: Ops
 
     @nn.compact
     def __call__(self, x, tokens: Tokens):
         c, (b, t, d) = self.cfg, x.shape
         flat = x.reshape(b * t, d)
         ids, w = self._route(flat)
-        plan = dispatch(ids, c.experts, tile_rows(ids.size, c.experts))
         gate, up = (self._experts(n, (d, c.width), ("embed", "ffn")) for n in ("gate", "up"))
         down = self._experts("down", (c.width, d), ("ffn", "embed"))
-        routed = combine(expert_mlp(flat, plan, gate, up, down), plan, w).reshape(b, t, d)
-        shared, _ = SwiGLU(SwiGLUConfig(width=c.shared_width), name="shared")(x, tokens)
+        routed = self.ops.experts(flat, ids, w, gate, up, down).reshape(b, t, d)
+        shared, _ = SwiGLU(SwiGLUConfig(width=c.shared_width), self.ops, name="shared")(x, tokens)
         return routed + shared, {
             "load": _load(ids, tokens.seg.reshape(-1) >= 0, c.experts),
             "experts": ids.reshape(b, t, -1),

@@ -42,7 +42,7 @@ class Layer(nn.Module):
         mixer = MIXERS[type(self.cfg.mixer)](self.cfg.mixer, self.ops, name="mixer")
         y, memory, seen = mixer(h, tokens, memory)
         x = x + y
-        y, loads = FFNS[type(self.cfg.ffn)](self.cfg.ffn, name="ffn")(
+        y, loads = FFNS[type(self.cfg.ffn)](self.cfg.ffn, self.ops, name="ffn")(
             RMSNorm(self.eps, name="ffn_norm")(x), tokens
         )
         return x + y, memory, {"mixer": seen, "ffn": loads}

@@ -14,6 +14,7 @@ from kernels_pallas.indexer import top_blocks
 from kernels_pallas.kda import kda
 from kernels_pallas.partial import Partial
 from kernels_pallas.select import select
+from kimijax.ops.moe import ragged_experts, tiled_experts
 
 
 class Latents(NamedTuple):
@@ -73,6 +74,9 @@ def _cheaper(q: Queries, kv: Latents, uk_shape: tuple[int, ...], v: int) -> str:
     return "expanded" if expanded < absorbed else "absorbed"
 
 
+EXPERTS = {"tiled": tiled_experts, "ragged": ragged_experts}
+
+
 @dataclass(frozen=True)
 class Ops:
     """The operations a model calls, bound to an implementation. Same signatures for any plan."""
@@ -82,17 +86,22 @@ class Ops:
     select: Callable[..., Partial]
     top_blocks: Callable[..., tuple[jax.Array, jax.Array]]
     kda: Callable[..., tuple[jax.Array, jax.Array]]
+    experts: Callable[..., jax.Array]
     exact: bool = False  # compressed layers read all of the past instead of chosen blocks
 
 
 @functools.cache
-def local(impl: str = "xla", exact: bool = False) -> Ops:
-    """Operations on one device. The same arguments give the same object, so programs are shared."""
+def local(impl: str = "xla", exact: bool = False, experts: str = "tiled") -> Ops:
+    """Operations on one device. The same arguments give the same object, so programs are shared.
+
+    experts  "tiled" (any device) or "ragged" (a TPU)
+    """
     return Ops(
         attend=partial(attend, impl=impl),
         attention=partial(attention, impl=impl),
         select=partial(select, impl=impl),
         top_blocks=partial(top_blocks, impl=impl),
         kda=partial(kda, impl=impl),
+        experts=EXPERTS[experts],
         exact=exact,
     )

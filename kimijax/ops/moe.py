@@ -84,6 +84,46 @@ def matrix(experts: Experts, expert: jax.Array, dtype: jnp.dtype) -> jax.Array:
     return experts[expert].astype(dtype)
 
 
+def tiled_experts(
+    x: jax.Array, ids: jax.Array, weight: jax.Array, gate: Experts, up: Experts, down: Experts
+) -> jax.Array:
+    """Weighted SwiGLU experts of each token, by tiles: x n d, ids and weight n k -> n d.
+
+    gate and up are e d f, down e f d; packed ones are expanded an expert at a time.
+    """
+    plan = dispatch(ids, _count(gate), tile_rows(ids.size, _count(gate)))
+    return combine(expert_mlp(x, plan, gate, up, down), plan, weight)
+
+
+def ragged_experts(
+    x: jax.Array, ids: jax.Array, weight: jax.Array, gate: Experts, up: Experts, down: Experts
+) -> jax.Array:
+    """The same by jax.lax.ragged_dot over tokens sorted by expert: for a TPU, where it is a kernel.
+
+    Elsewhere every expert is computed for every row. Packed experts are expanded all at once.
+    """
+    n, k = ids.shape
+    order = jnp.argsort(ids.reshape(-1), stable=True)
+    sizes = jnp.zeros(_count(gate), jnp.int32).at[ids.reshape(-1)].add(1)
+    rows = x[order // k]
+    gate, up, down = (_expanded(w, x.dtype) for w in (gate, up, down))
+    h = jax.nn.silu(jax.lax.ragged_dot(rows, gate, sizes)) * jax.lax.ragged_dot(rows, up, sizes)
+    out = jax.lax.ragged_dot(h, down, sizes)
+    back = jnp.zeros(n * k, jnp.int32).at[order].set(jnp.arange(n * k, dtype=jnp.int32))
+    return jnp.einsum("nkd,nk->nd", out[back].reshape(n, k, -1), weight.astype(out.dtype))
+
+
+def _count(experts: Experts) -> int:
+    return jax.tree.leaves(experts)[0].shape[0]
+
+
+def _expanded(experts: Experts, dtype: jnp.dtype) -> jax.Array:
+    """All matrices e in out."""
+    if isinstance(experts, jax.Array):
+        return experts.astype(dtype)
+    return jax.lax.map(lambda e: matrix(experts, e, dtype), jnp.arange(_count(experts)))
+
+
 def expert_mlp(
     x: jax.Array, plan: Dispatch, gate: Experts, up: Experts, down: Experts
 ) -> jax.Array:
