@@ -8,7 +8,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from kimijax.convert import tensors, write
-from kimijax.convert.tensors import INDEX, SINGLE
+from kimijax.convert.tensors import INDEX, SINGLE, open_directory
 from kimijax.convert.write import ShardWriter
 from kimijax.errors import UserError
 from tests.test_convert_files import (
@@ -157,3 +157,15 @@ def test_a_plan_that_no_file_can_hold_is_a_mistake(tmp_path, plan):
     with pytest.raises(ValueError, match="nothing to write|cannot be written"):
         ShardWriter(tmp_path / "new", plan)
     assert not list(tmp_path.iterdir())
+
+
+def test_rows_one_after_the_other_are_the_tensor(tmp_path):
+    whole = np.arange(35, dtype=np.float32).reshape(7, 5)
+    with ShardWriter(tmp_path, {"a": ("F32", (7, 5)), "b": ("F32", (2,))}) as writer:
+        writer.put_rows("a", 0, whole[:3])
+        with pytest.raises(ValueError, match="do not follow"):
+            writer.put_rows("a", 4, whole[4:])
+        writer.put("b", np.ones(2, np.float32))
+        writer.put_rows("a", 3, whole[3:])
+    with open_directory(tmp_path) as files:
+        np.testing.assert_array_equal(files.read("a"), whole)

@@ -16,7 +16,7 @@ from kimijax.convert.load import is_hub, read_config
 from kimijax.convert.names import Rule, rules
 from kimijax.convert.source import DTYPES, Source, open_source, prefix, read_json
 from kimijax.convert.store import HUB, NOTES, PARAMS, Reader, stored
-from kimijax.convert.to_store import BESIDE, convert_to_store, stored_dtype
+from kimijax.convert.to_store import BESIDE, convert_to_store, row_slices, stored_dtype
 from kimijax.convert.write import ShardWriter
 from kimijax.errors import UserError
 
@@ -70,8 +70,9 @@ def export(
         own = np.dtype(leaves[rule.parts[0].leaf].dtype)
         return own if rule.dtypes or dtype is None else _as(rule, DTYPES[dtype])
 
-    def arrays(rule: Rule) -> np.ndarray:
-        return rule.join(*(np.asarray(leaves[p.leaf][p.index]) for p in rule.parts))
+    def arrays(rule: Rule, rows: slice | None) -> np.ndarray:
+        array = rule.join(*(np.asarray(leaves[p.leaf][p.index]) for p in rule.parts))
+        return array if rows is None else array[rows]
 
     kinds = {rule.name: held(rule) for rule in rules(cfg)}
     _write(cfg, to_hub(cfg) if hub is None else hub, out, kinds, arrays, lambda *_: None, "I64")
@@ -80,8 +81,10 @@ def export(
 def _hub_to_hub(source: Source, out: Path, dtype: np.dtype | None, on_bytes: Progress) -> None:
     kinds = {r.name: stored_dtype(source, r, dtype) for r in source.rules()}
 
-    def arrays(rule: Rule) -> np.ndarray:
-        return source.read(rule)
+    def arrays(rule: Rule, rows: slice | None) -> np.ndarray:
+        if rows is None or source.forms[rule.name] != "as is":
+            return source.read(rule)[... if rows is None else rows]
+        return source.read_rows(rule, rows.start, rows.stop)
 
     _write(source.cfg, source.hub, out, kinds, arrays, on_bytes, source.weight_shape_dtype())
     _copy_beside(source.directory, out)
@@ -96,8 +99,11 @@ def _store_to_hub(source: Path, out: Path, dtype: np.dtype | None, on_bytes: Pro
         held = reader.dtype(rule.parts[0].leaf)
         kinds[rule.name] = held if rule.dtypes or dtype is None else _as(rule, dtype)
 
-    def arrays(rule: Rule) -> np.ndarray:
-        return rule.join(*(reader.read(part.leaf, part.index) for part in rule.parts))
+    def arrays(rule: Rule, rows: slice | None) -> np.ndarray:
+        if rows is None:
+            return rule.join(*(reader.read(part.leaf, part.index) for part in rule.parts))
+        part = reader.read(rule.parts[0].leaf, (*[slice(None)] * rule.rows, rows))
+        return part if rule.rows == 0 else part.T
 
     shape = read_json(source / NOTES).get("weight_shape")
     _write(cfg, hub, out, kinds, arrays, on_bytes, shape)
@@ -119,9 +125,13 @@ def _write(cfg, hub, out: Path, kinds, arrays, on_bytes: Progress, shape_dtype: 
     total = sum(int(np.prod(shape)) * FILE_DTYPES[kind].itemsize for kind, shape in plan.values())
     with ShardWriter(out, plan) as writer:
         for rule in rules(cfg):
-            array = arrays(rule).astype(kinds[rule.name], copy=False)
-            writer.put(start + rule.name, array)
-            on_bytes(array.nbytes, total)
+            for rows in row_slices(rule, kinds[rule.name]):
+                array = arrays(rule, rows).astype(kinds[rule.name], copy=False)
+                if rows is None:
+                    writer.put(start + rule.name, array)
+                else:
+                    writer.put_rows(start + rule.name, rows.start, array)
+                on_bytes(array.nbytes, total)
         for name, shape in shapes.items():
             writer.put(name, np.array(shape, FILE_DTYPES[shape_dtype]))
         (out / "config.json").write_text(json.dumps(_config(cfg, hub, kinds), indent=1))

@@ -98,6 +98,14 @@ def stored_dtype(source: Source, rule: Rule, dtype: np.dtype | None) -> np.dtype
     return held if held in DTYPES.values() else np.dtype(np.float32)
 
 
+def row_slices(rule: Rule, dtype: np.dtype) -> list[slice | None]:
+    """Pieces of a hub tensor that may be cut along its rows; [None]: it is taken whole."""
+    if rule.rows is None:
+        return [None]
+    step = _rows(rule, dtype)
+    return [slice(at, min(at + step, rule.shape[0])) for at in range(0, rule.shape[0], step)]
+
+
 def _rows(rule: Rule, dtype: np.dtype) -> int:
     """Rows of a hub tensor that make a piece."""
     row = int(np.prod(rule.shape[1:])) * dtype.itemsize

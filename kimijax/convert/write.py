@@ -43,6 +43,7 @@ class ShardWriter:
         ]
         self._left = [set(shard) for shard in shards]  # names to come, by file
         self._place: dict[str, tuple[int, int]] = {}  # name -> file and offset in it
+        self._rows: dict[str, int] = {}  # name -> rows that were put one after the other
         self._made: list[Path] = []
         self._state = "open"  # then "written" or "discarded"
         headers = [self._lay_out(number, shard) for number, shard in enumerate(shards)]
@@ -62,7 +63,22 @@ class ShardWriter:
 
     def put(self, name: str, array: np.ndarray) -> None:
         """Write one tensor of the plan, each once, in any order."""
-        self._check_put(name, array)
+        self._check_put(name, array, self._plan[name][1] if name in self._plan else ())
+        self._store(name, array, 0, True)
+
+    def put_rows(self, name: str, at: int, array: np.ndarray) -> None:
+        """Write rows from `at` of a tensor that is too large for memory; rows come in order."""
+        shape = self._plan[name][1] if name in self._plan else ()
+        rows = shape[0] if shape else 0
+        if at != self._rows.get(name, 0) or at + len(array) > rows:
+            raise ValueError(f"{name}: rows {at} to {at + len(array)} do not follow, it has {rows}")
+        self._check_put(name, array, (len(array), *shape[1:]))
+        self._rows[name] = at + len(array)
+        offset = at * _size(self._plan[name][0], (1, *shape[1:]))
+        self._store(name, array, offset, self._rows[name] == rows)
+
+    def _store(self, name: str, array: np.ndarray, offset: int, whole: bool) -> None:
+        """Bytes to their place; with the last of a file's tensors `whole`, the file to the disk."""
         number, start = self._place[name]
         path = self._directory / f"{self._files[number]}.tmp"
         # The bytes as they are to lie; strided arrays are copied.
@@ -70,8 +86,9 @@ class ShardWriter:
         with self._or_discard():
             file = os.open(path, os.O_WRONLY)
             try:
-                _write(file, data, start)
-                self._left[number].remove(name)
+                _write(file, data, start + offset)
+                if whole:
+                    self._left[number].remove(name)
                 if not self._left[number]:
                     os.fsync(file)
                     forget(file)
@@ -137,12 +154,12 @@ class ShardWriter:
         self._place |= {name: (number, 8 + len(text) + start) for name, start in starts.items()}
         return len(text).to_bytes(8, "little") + text
 
-    def _check_put(self, name: str, array: np.ndarray) -> None:
+    def _check_put(self, name: str, array: np.ndarray, shape: tuple[int, ...]) -> None:
         if self._state != "open":
             raise ValueError(f"cannot put {name}: the files are {self._state}")
         if name not in self._plan:
             raise ValueError(f"{name} is not in the plan of {len(self._plan)} tensors")
-        dtype, shape = self._plan[name]
+        dtype = self._plan[name][0]
         if (array.dtype, array.shape) != (DTYPES[dtype], shape):
             raise ValueError(
                 f"{name} is {array.dtype} {array.shape}, but the plan has {DTYPES[dtype]} {shape}"
