@@ -40,7 +40,7 @@ def synthesize(directory: Path, size: float) -> int:
     import numpy as np
 
     from kimijax.config import group_layers
-    from kimijax.convert.config import to_hub
+    from kimijax.convert.export_config import to_hub
     from kimijax.convert.names import rules
     from kimijax.convert.write import ShardWriter
     from kimijax.presets import moonlight_16b

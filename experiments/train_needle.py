@@ -73,7 +73,7 @@ def main(args: argparse.Namespace) -> int:
 
     from kimijax import presets
     from kimijax.checkpoint import save_model
-    from kimijax.config import to_dict
+    from kimijax.config_tree import to_dict
     from kimijax.data import corpus
     from kimijax.data.needles import batch
     from kimijax.evals.needle import writable

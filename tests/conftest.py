@@ -28,8 +28,8 @@ from kimijax.config import (
     MoEConfig,
     RopeConfig,
     SwiGLUConfig,
-    override,
 )
+from kimijax.config_tree import override
 from kimijax.model import Model, abstract_params
 from kimijax.ops.attend import local
 

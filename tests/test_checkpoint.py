@@ -15,7 +15,7 @@ from safetensors.numpy import load_file, save_file
 
 from kimijax import presets
 from kimijax.checkpoint import load_model, restore_latest, save_model, save_state
-from kimijax.config import override
+from kimijax.config_tree import override
 from kimijax.errors import UserError
 from kimijax.model import Model
 from kimijax.ops.attend import local

@@ -3,7 +3,8 @@
 import pytest
 
 from kimijax import presets
-from kimijax.config import SwiGLUConfig, from_dict, override, to_dict
+from kimijax.config import SwiGLUConfig
+from kimijax.config_tree import from_dict, override, to_dict
 from kimijax.errors import UserError
 from tests.conftest import CONFIGS
 

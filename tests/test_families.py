@@ -13,7 +13,8 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from kimijax import presets
 from kimijax.cache import Tokens, empty_cache
 from kimijax.config import KDAConfig, MLAConfig, MoEConfig, RopeConfig, YarnConfig
-from kimijax.convert.config import from_hub, to_hub
+from kimijax.convert.config import from_hub
+from kimijax.convert.export_config import to_hub
 from kimijax.convert.load import load
 from kimijax.convert.names import rules
 from kimijax.errors import UserError

@@ -11,6 +11,7 @@ FLOORS = {
     "kernels_pallas": 0,
     "kimijax": 1,  # its __init__ alone: every module below it is listed
     "kimijax.config": 1,
+    "kimijax.config_tree": 1,
     "kimijax.errors": 1,
     "kimijax.presets": 1,
     "kimijax.cache": 2,

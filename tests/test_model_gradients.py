@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from kimijax.cache import empty_cache, run_length
-from kimijax.config import override
+from kimijax.config_tree import override
 from kimijax.model import Model
 from kimijax.ops.attend import local
 from tests.conftest import CONFIGS, assert_close, model_and_params

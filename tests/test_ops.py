@@ -7,7 +7,8 @@ import pytest
 
 from kernels_pallas.attention import Queries
 from kimijax import presets
-from kimijax.config import CompressedConfig, RopeConfig, WindowConfig, override
+from kimijax.config import CompressedConfig, RopeConfig, WindowConfig
+from kimijax.config_tree import override
 from kimijax.metrics import prefill_flops
 from kimijax.ops.attend import Latents, attend
 from kimijax.ops.moe import combine, dispatch, expert_mlp, ragged_experts, tile_rows

@@ -13,7 +13,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from kimijax.checkpoint.common import brief, describe, difference, sync
-from kimijax.config import ModelConfig, from_dict, to_dict
+from kimijax.config import ModelConfig
+from kimijax.config_tree import from_dict, to_dict
 from kimijax.errors import UserError
 from kimijax.model import parameter_shapes
 

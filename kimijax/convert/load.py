@@ -8,7 +8,8 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from kimijax.checkpoint import load_model
-from kimijax.config import ModelConfig, MoEConfig, from_dict
+from kimijax.config import ModelConfig, MoEConfig
+from kimijax.config_tree import from_dict
 from kimijax.convert.source import (
     DTYPES,
     Source,

@@ -10,7 +10,7 @@ import numpy as np
 from flax.traverse_util import flatten_dict
 
 from kimijax.config import ModelConfig, MoEConfig
-from kimijax.convert.config import to_hub
+from kimijax.convert.export_config import to_hub
 from kimijax.convert.header import DTYPES as FILE_DTYPES
 from kimijax.convert.load import is_hub, read_config
 from kimijax.convert.names import Rule, rules

@@ -9,14 +9,8 @@ import ml_dtypes
 import numpy as np
 
 from kimijax.checkpoint.common import brief
-from kimijax.config import (
-    FP8_BLOCK,
-    Fp8Config,
-    Int4Config,
-    ModelConfig,
-    MoEConfig,
-    override,
-)
+from kimijax.config import FP8_BLOCK, Fp8Config, Int4Config, ModelConfig, MoEConfig
+from kimijax.config_tree import override
 from kimijax.convert.config import WRAPPER, from_hub, text_config
 from kimijax.convert.header import TensorInfo
 from kimijax.convert.names import Rule, rules

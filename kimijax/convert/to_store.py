@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from kimijax.config import to_dict
+from kimijax.config_tree import to_dict
 from kimijax.convert.header import DTYPES as FILE_DTYPES
 from kimijax.convert.names import Rule
 from kimijax.convert.source import DTYPES, KEPT_FLOAT32, Source, leaf_dtype

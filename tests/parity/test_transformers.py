@@ -11,7 +11,7 @@ import transformers
 from flax.traverse_util import unflatten_dict
 
 from kimijax import presets
-from kimijax.config import override
+from kimijax.config_tree import override
 from kimijax.convert.load import load
 from kimijax.convert.run import convert, export
 from kimijax.model import Model, parameter_shapes
