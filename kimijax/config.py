@@ -8,12 +8,23 @@ from dataclasses import dataclass
 
 from kimijax.errors import UserError
 
+LARGEST = 2**31 - 1  # of any number in a config: beyond it shapes overflow
+
 
 def _positive(cfg, *names: str) -> None:
     for name in names:
         value = getattr(cfg, name)
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not value > 0:
             raise UserError(f"{type(cfg).__name__}.{name} must be a number above 0, got {value!r}")
+        _at_most(cfg, name, LARGEST)
+
+
+def _at_most(cfg, name: str, most: float, least: float = 0) -> None:
+    value = getattr(cfg, name)
+    if not least <= value <= most:
+        raise UserError(
+            f"{type(cfg).__name__}.{name} must be from {least:g} to {most:g}, got {value!r:.60}"
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,6 +45,14 @@ class YarnConfig:
 
     def __post_init__(self):
         _positive(self, "factor", "original", "beta_fast", "beta_slow")
+        _at_most(self, "factor", 1e6, 1)
+        for name in ("beta_fast", "beta_slow"):
+            _at_most(self, name, 1e6, 1e-3)
+        if self.beta_fast < self.beta_slow:
+            raise UserError(f"beta_fast {self.beta_fast} is below beta_slow {self.beta_slow}")
+        for name, least in (("mscale", 0), ("mscale_all_dim", 0), ("attention_factor", 1e-3)):
+            if getattr(self, name) is not None:
+                _at_most(self, name, 1e3, least)
 
     @property
     def amplitude(self) -> float:
@@ -63,6 +82,8 @@ class RopeConfig:
 
     def __post_init__(self):
         _positive(self, "theta", "dim")
+        _at_most(self, "theta", 1e12, 1.001)
+        _at_most(self, "dim", 2**16)
         if self.dim % 2:
             raise UserError(f"rope dim {self.dim} must be even: rope rotates pairs")
 
@@ -195,6 +216,8 @@ class Int4Config:
 
     def __post_init__(self):
         _positive(self, "group")
+        if self.group % 8:
+            raise UserError(f"int4 group {self.group} must be a multiple of 8")
 
 
 FP8_BLOCK = 128
@@ -226,6 +249,9 @@ class MoEConfig:
     def __post_init__(self):
         _positive(self, "experts", "top_k", "width", "shared_width", "scaling")
         _positive(self, "groups", "top_groups")
+        _at_most(self, "experts", 2**16)
+        if isinstance(self.weights, Int4Config) and self.width % self.weights.group:
+            raise UserError(f"width {self.width} of experts is no multiple of {self.weights.group}")
         if self.experts % self.groups or self.top_groups > self.groups:
             raise UserError(
                 f"groups {self.groups} must divide experts {self.experts}, and top_groups "
@@ -280,6 +306,10 @@ class ModelConfig:
         _positive(self, "vocab", "width", "norm_eps", "embed_std")
         if self.context is not None:
             _positive(self, "context")
+        for layer in self.layers:
+            form = getattr(layer.ffn, "weights", None)
+            if isinstance(form, Int4Config) and self.width % form.group:
+                raise UserError(f"width {self.width} is no multiple of int4 groups of {form.group}")
 
     def place(self, n: int) -> tuple[int, int, int]:
         """Where layer n of `layers` is: (group, repeat, place within the repeat)."""

@@ -9,7 +9,7 @@ import types
 import typing
 from dataclasses import fields, is_dataclass
 
-from kimijax.config import ModelConfig
+from kimijax.config import LARGEST, ModelConfig
 from kimijax.errors import UserError
 
 
@@ -90,6 +90,8 @@ def from_dict(data: object, kind: type = ModelConfig, where: str = "config"):
     if known:
         return _build(data, known, where)
     if float in options and isinstance(data, int) and not isinstance(data, bool):
+        if abs(data) > LARGEST:
+            raise UserError(f"{where} must be at most {LARGEST}, got {str(data)[:40]}")
         return float(data)
     if type(data) not in options:
         raise UserError(f"{where} must be of type {kind}, got {data!r}")

@@ -10,6 +10,7 @@ from flax.traverse_util import flatten_dict
 
 from kimijax.cache import FAR, Cache, Memory, Tokens, Watch, place, rows_slice, run_length
 from kimijax.config import GroupConfig, ModelConfig
+from kimijax.errors import UserError
 from kimijax.layers.base import RMSNorm, fan_in
 from kimijax.layers.layer import Layer
 from kimijax.ops.attend import Ops, local
@@ -190,6 +191,13 @@ def abstract_params(model: Model):
 
 @functools.lru_cache(maxsize=8)
 def parameter_shapes(cfg: ModelConfig) -> dict[str, jax.ShapeDtypeStruct]:
-    """Name joined by "." -> shape and dtype of every parameter; nothing is allocated."""
-    params = nn.unbox(abstract_params(Model(cfg, local())))["params"]
+    """Name joined by "." -> shape and dtype of every parameter; nothing is allocated.
+
+    UserError: no model can be built from the config, whose dims may come from a foreign file.
+    """
+    try:
+        params = nn.unbox(abstract_params(Model(cfg, local())))["params"]
+    except (ArithmeticError, ValueError, TypeError, MemoryError) as error:
+        why = " ".join(str(error).split())[:200]
+        raise UserError(f"no model can be built from this config: {why}") from error
     return flatten_dict(params, sep=".")

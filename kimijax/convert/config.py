@@ -5,9 +5,8 @@ that of transformers 5 (rope_parameters, layer_types). Whatever would change the
 supported is refused by name; nothing is guessed.
 """
 
-import math
-
 from kimijax.config import (
+    LARGEST,
     KDAConfig,
     MLAConfig,
     ModelConfig,
@@ -22,7 +21,7 @@ from kimijax.presets import decoder
 DEEPSEEK = ("deepseek_v3", "kimi_k2")
 LINEAR = "kimi_linear"
 WRAPPER = "kimi_k25"  # text beside vision: the language model is in text_config
-MOST_LAYERS = 10_000
+MOST_LAYERS, LARGEST_DIM = 10_000, 2**24
 
 # Settings that would change the model, with the one value that is supported.
 FIXED = {
@@ -35,6 +34,10 @@ FIXED = {
     "moe_layer_freq": 1,
     "mla_use_nope": True,
     "rope_interleave": True,
+    "mlp_bias": False,
+    "sliding_window": None,
+    "partial_rotary_factor": None,
+    "use_grouped_topk": True,
 }
 
 
@@ -43,7 +46,7 @@ def from_hub(data: dict) -> ModelConfig:
     text = text_config(data)
     for key, want in FIXED.items():
         if text.get(key, want) != want:
-            raise UserError(f"{key} {text[key]!r} is not supported, only {want!r}")
+            raise UserError(f"{key} {text[key]!r:.60} is not supported, only {want!r}")
     if text.get("num_key_value_heads", text.get("num_attention_heads")) != _int(
         text, "num_attention_heads"
     ):
@@ -52,16 +55,19 @@ def from_hub(data: dict) -> ModelConfig:
             "num_attention_heads: MLA has one latent for all heads"
         )
     linear = text["model_type"] == LINEAR
-    eps = _number(text, "rms_norm_eps", 1e-6)
+    eps = _number(text, "rms_norm_eps")
+    _check_types(text, linear)
     return decoder(
         vocab=_int(text, "vocab_size"),
         width=_int(text, "hidden_size"),
         mixers=_hybrid(text, eps) if linear else (_mla(text, _rope(text)),) * _layers(text),
-        dense=_int(text, "first_k_dense_replace", 0, least=0),
+        dense=_int(text, "first_k_dense_replace", least=0),
         ffn=SwiGLUConfig(width=_int(text, "intermediate_size")),
         moe=_moe(text, linear),
         norm_eps=eps,
-        context=_int(text, "model_max_length" if linear else "max_position_embeddings"),
+        context=_int(
+            text, "model_max_length" if linear else "max_position_embeddings", most=LARGEST
+        ),
     )
 
 
@@ -81,10 +87,20 @@ def text_config(data: dict) -> dict:
 
 
 def _layers(text: dict) -> int:
-    n = _int(text, "num_hidden_layers")
-    if n > MOST_LAYERS:
-        raise UserError(f"num_hidden_layers {n} exceeds {MOST_LAYERS}")
-    return n
+    return _int(text, "num_hidden_layers", most=MOST_LAYERS)
+
+
+def _check_types(text: dict, linear: bool) -> None:
+    """The lists of transformers 5 must say what the other keys do."""
+    n, dense = _layers(text), _int(text, "first_k_dense_replace", least=0)
+    full = full_attention_layers(text) if linear else set(range(n))
+    wanted = {
+        "layer_types": ["full_attention" if i in full else "linear_attention" for i in range(n)],
+        "mlp_layer_types": ["dense" if i < dense else "sparse" for i in range(n)],
+    }
+    for key, want in wanted.items():
+        if text.get(key, want) != want:
+            raise UserError(f"{key} {text[key]!r:.60} contradicts the other keys of the config")
 
 
 def _mla(text: dict, rope: RopeConfig | None) -> MLAConfig:
@@ -103,6 +119,8 @@ def _hybrid(text: dict, eps: float) -> tuple[MLAConfig | KDAConfig, ...]:
     """One mixer per layer of Kimi Linear."""
     n, full = _layers(text), full_attention_layers(text)
     linear = _object(text, "linear_attn_config")
+    if linear.get("gate_lower_bound") is not None:
+        raise UserError(f"gate_lower_bound {linear['gate_lower_bound']!r:.60} is not supported")
     kda = KDAConfig(
         heads=_int(linear, "num_heads"),
         head_dim=_int(linear, "head_dim"),
@@ -129,10 +147,8 @@ def full_attention_layers(text: dict) -> set[int]:
             f"linear_attn_config: full_attn_layers {full} and kda_layers {kda} must hold every "
             f"layer from 1 to {n} once"
         )
-    types = text.get("layer_types")
-    want = ["full_attention" if i + 1 in full else "linear_attention" for i in range(n)]
-    if types is not None and types != want:
-        raise UserError(f"layer_types {types} contradicts linear_attn_config")
+    if not kda or not full:
+        raise UserError(f"full_attn_layers {full} and kda_layers {kda} both need a layer")
     return {i - 1 for i in full}
 
 
@@ -146,7 +162,7 @@ def _moe(text: dict, linear: bool) -> MoEConfig:
     )
     experts, top_k, shared, groups, renormalize = names
     width = _int(text, "moe_intermediate_size")
-    normalize = text.get(renormalize, True)
+    normalize = text.get(renormalize)
     if not isinstance(normalize, bool):
         raise UserError(f"{renormalize} must be true or false, got {normalize!r}")
     return MoEConfig(
@@ -154,31 +170,51 @@ def _moe(text: dict, linear: bool) -> MoEConfig:
         top_k=_int(text, top_k),
         width=width,
         shared_width=_int(text, shared) * width,
-        groups=_int(text, groups, 1),
-        top_groups=_int(text, "topk_group", 1),
+        groups=_int(text, groups),
+        top_groups=_int(text, "topk_group"),
         normalize=normalize,
-        scaling=_number(text, "routed_scaling_factor", 1.0),
+        scaling=_number(text, "routed_scaling_factor"),
     )
 
 
 def _rope(text: dict) -> RopeConfig:
-    """From rope_parameters (transformers 5), or rope_theta and rope_scaling (hub)."""
-    modern = text.get("rope_parameters")
-    scaling = modern if modern is not None else text.get("rope_scaling")
-    scaling = {} if scaling is None else scaling
+    """From rope_parameters (transformers 5), or rope_theta and rope_scaling (hub).
+
+    Where a config has both they must say the same.
+    """
+    modern, hub = text.get("rope_parameters"), text.get("rope_scaling")
+    if modern is None:
+        return _rope_of(text, {} if hub is None else hub)
+    rope = _rope_of(text, modern)
+    if hub is not None and _rope_of(text, hub) != rope:
+        raise UserError("rope_parameters and rope_scaling contradict one another")
+    return rope
+
+
+def _rope_of(text: dict, scaling: object) -> RopeConfig:
     if not isinstance(scaling, dict):
-        raise UserError(f"rope scaling must be an object, got {scaling!r}")
-    theta = _number(scaling if "rope_theta" in scaling else text, "rope_theta", 10_000.0)
-    kind = scaling.get("rope_type", scaling.get("type", "default"))
-    if kind not in ("default", "yarn"):
-        raise UserError(f"rope type {kind!r} is not supported: there are 'default' and 'yarn'")
+        raise UserError(f"rope scaling must be an object, got {scaling!r:.60}")
+    thetas = {_number(x, "rope_theta") for x in (scaling, text) if x.get("rope_theta") is not None}
+    if len(thetas) != 1:
+        raise UserError(f"rope_theta must be given, and once: got {sorted(thetas)}")
+    kinds = {scaling[key] for key in ("rope_type", "type") if isinstance(scaling.get(key), str)}
+    kind = kinds.pop() if kinds else "default"
+    if kinds or kind not in ("default", "yarn"):
+        raise UserError(
+            f"rope type {scaling.get('rope_type', scaling.get('type'))!r} is not supported: there "
+            "are 'default' and 'yarn'"
+        )
+    if scaling.get("partial_rotary_factor") not in (None, 1, 1.0):
+        raise UserError(f"partial_rotary_factor {scaling['partial_rotary_factor']!r:.60} is not 1")
     yarn = _yarn(text, scaling) if kind == "yarn" else None
-    return RopeConfig(theta=theta, dim=_int(text, "qk_rope_head_dim"), yarn=yarn)
+    return RopeConfig(theta=thetas.pop(), dim=_int(text, "qk_rope_head_dim"), yarn=yarn)
 
 
 def _yarn(text: dict, scaling: dict) -> YarnConfig:
-    context = _int(text, "max_position_embeddings")
-    original = _int(scaling, "original_max_position_embeddings", context)
+    if scaling.get("truncate", True) is not True:
+        raise UserError(f"yarn truncate {scaling['truncate']!r:.60} is not supported, only true")
+    context = _int(text, "max_position_embeddings", most=LARGEST)
+    original = _int(scaling, "original_max_position_embeddings", context, most=LARGEST)
     optional = {
         name: _number(scaling, name)
         for name in ("mscale", "mscale_all_dim", "attention_factor")
@@ -200,17 +236,19 @@ def _object(data: dict, key: str) -> dict:
     return value
 
 
-def _int(data: dict, key: str, default: int | None = None, least: int = 1) -> int:
+def _int(
+    data: dict, key: str, default: int | None = None, least: int = 1, most: int = LARGEST_DIM
+) -> int:
     value = data.get(key)
     value = default if value is None else value
-    if type(value) is not int or value < least:
-        raise UserError(f"{key} must be a whole number from {least}, got {value!r}")
+    if type(value) is not int or not least <= value <= most:
+        raise UserError(f"{key} must be a whole number from {least} to {most}, got {value!r:.60}")
     return value
 
 
 def _number(data: dict, key: str, default: float | None = None) -> float:
     value = data.get(key)
     value = default if value is None else value
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-        raise UserError(f"{key} must be a number, got {value!r}")
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) <= LARGEST:
+        raise UserError(f"{key} must be a number, got {value!r:.60}")
     return float(value)

@@ -158,6 +158,8 @@ def _config(cfg: ModelConfig, hub: dict, kinds: dict[str, np.dtype]) -> dict:
         for key in ("dtype", "torch_dtype"):
             if key in part:
                 part[key] = dtype
+    if not {"dtype", "torch_dtype"} & data.keys():
+        data["torch_dtype"] = dtype
     return data
 
 

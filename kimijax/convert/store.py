@@ -96,10 +96,13 @@ class Reader:
         return self._open(name).dtype.numpy_dtype
 
     def read(self, name: str, index: tuple = ()) -> np.ndarray:
-        """An array, or the part of it at an index of its leading dims."""
+        """An array, or the part of it at an index, its axes in memory as they are on disk."""
         array = self._open(name)
+        taken = sum(isinstance(i, int) for i in index)
+        order = [axis - taken for axis in _order(array)[taken:]]
         try:
-            return array[index].read().result() if index else array.read().result()
+            part = array[index] if index else array
+            return part.transpose(order).read().result().transpose(np.argsort(order))
         except (ValueError, OSError) as error:
             raise self._refusal(name, error) from error
 
@@ -115,6 +118,13 @@ class Reader:
 
     def _refusal(self, name: str, error: Exception) -> UserError:
         return UserError(f"{self.directory}: {name} cannot be read: {brief(error)}")
+
+
+def _order(array) -> list[int]:
+    """The axes of an open array, outermost first, as they lie on the disk."""
+    codecs = array.spec().to_json()["metadata"]["codecs"]
+    found = (c["configuration"]["order"] for c in codecs if c["name"] == "transpose")
+    return next(found, list(range(array.rank)))
 
 
 def stored(directory: Path) -> bool:
