@@ -306,7 +306,7 @@ class ModelConfig:
         _positive(self, "vocab", "width", "norm_eps", "embed_std")
         if self.context is not None:
             _positive(self, "context")
-        for layer in self.layers:
+        for layer in (layer for group in self.groups for layer in group.layers):
             form = getattr(layer.ffn, "weights", None)
             if isinstance(form, Int4Config) and self.width % form.group:
                 raise UserError(f"width {self.width} is no multiple of int4 groups of {form.group}")
