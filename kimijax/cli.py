@@ -56,6 +56,9 @@ class _Parser(argparse_flags.ArgumentParser):
         super().__init__(**options)
         self.module = module
 
+    def error(self, message: str):
+        super().error(_one_line(message))
+
     def parse_known_args(self, args=None, namespace=None):
         if self.module is not None:
             module = importlib.import_module(self.module)
@@ -85,7 +88,7 @@ def _run(parser: argparse.ArgumentParser) -> None:
         try:
             app.run(lambda args: args.main(args), flags_parser=parse)
         except UserError as error:
-            print(f"error: {error}", file=sys.stderr)
+            print(f"error: {_one_line(str(error))}", file=sys.stderr)
             sys.exit(2)
         except KeyboardInterrupt:
             print("interrupted", file=sys.stderr)
@@ -96,3 +99,8 @@ def _run(parser: argparse.ArgumentParser) -> None:
         # `| head` has read enough: no traceback, and nothing left to fail in the last flush.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
+
+
+def _one_line(text: str) -> str:
+    """The text with line breaks and other control characters escaped: a path may hold them."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)

@@ -13,9 +13,11 @@ import numpy as np
 
 from kimijax.cache import Cache, empty_cache, run_length
 from kimijax.config import ModelConfig
+from kimijax.errors import UserError
 from kimijax.infer import check_tokens
 from kimijax.model import Model
 from kimijax.ops.attend import Ops
+from kimijax.ops.rope import MAX_POSITION
 from kimijax.sampling import Sampling, knobs, row_keys, sample
 
 LARGEST_CHUNK = 2048
@@ -75,6 +77,7 @@ def generate(
     """Yield the next token of every row, int32 b, `new` times.
 
     prompts  1-D token arrays, each at least one long; UserError for tokens outside the vocabulary
+             and where no position would be left for the last new token
     """
     how, seed = knobs([sampling] * len(prompts)), np.uint32(sampling.seed)
     for prompt in prompts:
@@ -100,6 +103,7 @@ def read_prompts(
 ) -> tuple[Cache, jax.Array]:
     """A cache that holds the prompts with `room` free slots a row, and the logits after each."""
     lengths = np.array([len(p) for p in prompts])
+    check_room(int(lengths.max()), room)
     chunk = chunk_length(programs.cfg, int(lengths.max()))
     capacity = max(chunk, int(lengths.max()) + room)
     cache, logits = programs.empty(len(prompts), capacity), None
@@ -111,6 +115,15 @@ def read_prompts(
         cache, found = programs.prefill(params, cache, ids, live)
         logits = found if logits is None else jnp.where(live[:, None] > 0, found, logits)
     return cache, logits
+
+
+def check_room(longest: int, new: int) -> None:
+    """UserError where a prompt and its continuation have more tokens than there are positions."""
+    if longest + new > MAX_POSITION:
+        raise UserError(
+            f"{longest} tokens and {new} new ones exceed the {MAX_POSITION} positions of this "
+            "build: ask for fewer"
+        )
 
 
 def chunk_length(cfg: ModelConfig, longest: int) -> int:

@@ -171,6 +171,12 @@ def test_a_template_gets_what_transformers_gives(tokenizer):
     assert render_chat(user, template="{% if tools %}a{% else %}b{% endif %}") == "b"
 
 
+GROW = (  # exponentially, without a character of output
+    "{%% set ns = namespace(x='xy') %%}"
+    "{%% for i in range(99) %%}{%% set ns.x = %s %%}{%% endfor %%}{{ ns.x | length }}"
+)
+
+
 @pytest.mark.parametrize(
     "source, fault",
     [
@@ -185,6 +191,22 @@ def test_a_template_gets_what_transformers_gives(tokenizer):
         ("{{ 9 ** 9999 }}", "power"),
         ("{% for i in range(1000) %}{{ 'x' * 1000 }}{% endfor %}", "more than"),
         ("{{ [[1] * 1000] * 100000 }}", "more than"),
+        (GROW % "ns.x ~ ns.x", "more than"),
+        (GROW % "ns.x ~ 'a' ~ ns.x ~ ns.x", "more than"),
+        (GROW % "ns.x + ns.x", "more than"),
+        (GROW % "'%s%s' % (ns.x, ns.x)", "more than"),
+        (GROW % "[ns.x, ns.x] | join", "more than"),
+        (GROW % "ns.x.join([ns.x, ns.x, ns.x])", "more than"),
+        (GROW % "ns.x.replace('x', ns.x ~ 'x')", "more than"),
+        (GROW % "ns.x | replace('x', 'xx')", "more than"),
+        ("{% set x = 'x' * 40000 %}{% set y %}{{ x }}{{ x }}{% endset %}{{ y | length }}", "more"),
+        ("{{ ('x' | center(10 ** 12)) | length }}", "more than"),
+        ("{{ 'x'.ljust(10 ** 12) | length }}", "more than"),
+        ("{{ ('%1000000000000d' % 1) | length }}", "a field of"),
+        ("{{ ('%*d' | format(10 ** 12, 1)) | length }}", "a field of"),
+        ("{{ '{:1000000000000}'.format(1) | length }}", "a field of"),
+        ("{{ '{:{}}'.format(1, 10 ** 12) | length }}", "a field of"),
+        ("{{ lipsum(100) }}", "'lipsum' is undefined"),
         ("(" * 10 + "{{" + "(" * 5000 + "}}", "the chat template fails"),
     ],
 )
@@ -193,6 +215,32 @@ def test_a_hostile_template_is_refused(monkeypatch, source, fault):
     with pytest.raises(UserError, match=fault) as error:
         render_chat([{"role": "user", "content": "a"}], template=source)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "{% for i in range(100000) %}" * 3 + "{% endfor %}" * 3,
+        "{% for i in range(100000) %}{% for j in range(100000) if false %}{% endfor %}{% endfor %}",
+        "{% macro f(n) %}{% if n %}{{ f(n-1) }}{{ f(n-1) }}{% endif %}{% endmacro %}{{ f(60) }}",
+    ],
+)
+def test_a_template_that_does_not_end_is_stopped(monkeypatch, source):
+    monkeypatch.setattr(chat, "MAX_SECONDS", 0.05)
+    with pytest.raises(UserError, match="runs for more than 0.05 seconds"):
+        render_chat([{"role": "user", "content": "a"}], template=source)
+
+
+def test_what_templates_do_is_not_taken_for_an_attack():
+    source = (
+        "{% set ns = namespace(n=0) %}{% for m in messages %}{% set ns.n = ns.n + 1 %}{% endfor %}"
+        "{{ ns.n ~ ':' ~ 1700000000 ~ '|' }}{{ '%s-%05.1f' % ('a', 2) }}{{ '{:>4}'.format('b') }}"
+        "{{ 1700000000 | string | replace('0', '') }}{{ ['c', 'd'] | join(', ') }}"
+        "{{ 'e'.ljust(3) }}"
+        "{{ messages | map(attribute='role') | join('+') }}{{ dict(a=1) | tojson(indent=2) }}"
+    )
+    want = '2:1700000000|a-002.0   b17c, de  user+user{\n  "a": 1\n}'
+    assert render_chat([{"role": "user", "content": "a"}] * 2, template=source) == want
 
 
 @pytest.mark.parametrize(

@@ -54,6 +54,7 @@ def test_help_answers_at_once_and_without_jax(code, args):
         ([], "the following arguments are required: COMMAND"),
         (["--verbosity=loud", "needle"], "--verbosity=loud"),
         (["--flagfile=/nonexistent", "needle"], "/nonexistent"),
+        (["describe", "a", "b\nc"], r"unrecognized arguments: b\nc"),
         (["haystack"], "invalid choice: 'haystack'"),
         (["needle", "--no_such_flag"], "unrecognized arguments: --no_such_flag"),
         (["convert", "a", "b", "--to", "hf", "--fast"], "unrecognized arguments: --fast"),
@@ -75,6 +76,7 @@ def test_wrong_arguments_exit_2(args, message):
         ("return 7", 7, ""),
         ("raise UserError('--size 3 is odd: give 2 or 4')", 2,
          "error: --size 3 is odd: give 2 or 4\n"),
+        ("raise UserError('a\\nb: \\x1b[31m')", 2, "error: a\\nb: \\x1b[31m\n"),
         ("raise KeyboardInterrupt", 130, "interrupted\n"),
     ],
 )

@@ -1,6 +1,7 @@
 """The commands on files: logits, generate, describe and convert, and what they refuse."""
 
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -8,6 +9,9 @@ import numpy as np
 import pytest
 
 from kimijax import cli
+from kimijax.commands.arrays import read_tokens
+from kimijax.errors import UserError
+from kimijax.generate import read_prompts
 
 GOLDENS = Path(__file__).parent / "goldens"
 K2 = str(GOLDENS / "k2_tiny")
@@ -99,6 +103,11 @@ def test_a_description_for_people_and_for_programs(kimijax):
     assert facts["cache_bytes_per_token"] == 3 * 2 * (32 + 16)
 
 
+PROMPT = ["generate", "--checkpoint", K2, "--prompt", "x"]
+FILE = ["generate", "--checkpoint", K2, "--max_new", "2", "--file"]
+ARRAY = ["generate", "--checkpoint", K2, "--out", "{out}", "--tokens"]
+
+
 @pytest.mark.parametrize(
     "args, message",
     [
@@ -122,6 +131,22 @@ def test_a_description_for_people_and_for_programs(kimijax):
          "top_p 7.0 must be"),
         (["generate", "--checkpoint", K2, "--prompt", "", "--max_new", "2"], "no tokens to read"),
         (["generate", "--checkpoint", K2, "--file", "{pickle}", "--max_new", "2"], "as text"),
+        ([*PROMPT, "--max_new", "8388608"], "1 tokens and 8388608 new ones exceed the 8388608"),
+        ([*PROMPT, "--max_new", "1" + "0" * 40], "exceed"),
+        ([*ARRAY, "{ids}", "--max_new", "8388605"], "4 tokens and 8388605 new ones exceed"),
+        ([*ARRAY, "", "--max_new", "2"], "a path is empty"),
+        ([*ARRAY, "{ids}", "--max_new", "2", "--stop", "x"], "--stop is about text"),
+        ([*ARRAY, "{ids}", "--max_new", "2", "--chat"], "--chat is about text"),
+        ([*FILE, "a\0b"], "is no path: embedded null byte"),
+        ([*FILE, "{tmp}/a\nb"], r"a\nb: cannot be read"),
+        ([*FILE, "x" * 300], "File name too long"),
+        (["describe", "x" * 300], "File name too long"),
+        (["describe", "a\0b"], "is no path"),
+        (["describe", "a\nb"], r"'a\nb' is neither"),
+        (["convert", K2, "{tmp}/\0", "--to", "hf"], "is no path"),
+        (["convert", K2, "{tmp}/" + "x" * 300, "--to", "hf"], "File name too long"),
+        (["logits", "--checkpoint", "a\0", "--tokens", "{ids}", "--out", "{out}"], "is no path"),
+        (["logits", "--checkpoint", K2, "--tokens", "{ids}", "--out", "{tmp}/\0.npy"], "no path"),
         (["convert", K2, "{tmp}", "--to", "orbax"], "exists"),
         (["convert", "{tmp}/none", "{tmp}/b", "--to", "hf"], "does not exist"),
     ],
@@ -138,3 +163,65 @@ def test_bad_input_is_one_line_and_exit_code_2(args, message, kimijax, tmp_path)
     lines = [line for line in errors.splitlines() if "error:" in line]
     assert len(lines) == 1 and message in lines[0], errors
     assert "Traceback" not in errors and sorted(tmp_path.iterdir()) == before
+
+
+def test_a_refused_conversion_is_one_line_alone(kimijax, tmp_path):
+    _, _, errors = kimijax("convert", tmp_path / "none", tmp_path / "b", "--to", "hf")
+    assert errors.startswith("error: ") and errors.count("\n") == 1
+
+
+def test_positions_are_counted_before_anything_is_allocated():
+    with pytest.raises(UserError, match="3 tokens and 8388608 new ones exceed the 8388608 pos"):
+        read_prompts(None, {}, [np.zeros(2, np.int32), np.zeros(3, np.int32)], 8388608)
+
+
+def npy(shape, descr="'<i4'", data=b""):
+    head = f"{{'descr': {descr}, 'fortran_order': False, 'shape': {shape}, }}".encode()
+    return b"\x93NUMPY\x01\x00" + len(head).to_bytes(2, "little") + head + data
+
+
+@pytest.mark.parametrize(
+    "content, fault",
+    [
+        (b"", "no .npy"),
+        (b"PK\x03\x04 and no archive", "no .npy"),
+        (b"\x93NUMPY\x01\x00", "no .npy"),
+        (b"\x93NUMPY\x02\x00\xff\xff\xff\x7f{", "no .npy"),
+        (b"\x93NUMPY\x03\x00\x01\x00\x00\x00{", "format version"),
+        (npy("(1, 10**12)"), "no .npy"),
+        (npy(f"(1, {10**12})"), "needs more than the 0 bytes"),
+        (npy(f"(1, {'9' * 400})"), "needs more than"),
+        (npy(f"(1, {'9' * 5000})"), "no .npy"),
+        (npy("(1, 4)", data=b"123"), "needs more than the 3 bytes"),
+        (npy("(True, 4)", data=bytes(16)), r"shape \(True, 4\)"),
+        (npy("(1, -4)", data=bytes(16)), r"shape \(1, -4\)"),
+        (npy("(1, 4)", "'<m8[s]'", bytes(32)), "whole numbers"),
+        (npy("(1, 4)", "'|b1'", bytes(4)), "whole numbers"),
+        (npy("(1, 4", data=bytes(16)), "no .npy"),
+        (npy("(" * 3000), "no .npy"),
+        (npy("-" * 3500 + "1"), "no .npy"),
+        (npy("(1, '\\d')"), "no .npy"),
+    ],
+)
+def test_a_hostile_array_is_refused(content, fault, tmp_path, recwarn):
+    path = tmp_path / "in.npy"
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=fault) as error:
+        read_tokens(str(path), 256)
+    assert "\n" not in str(error.value) and not recwarn.list
+
+
+def test_what_is_no_file_is_not_opened(tmp_path):
+    os.mkfifo(tmp_path / "pipe.npy")  # opening it would wait for a writer
+    for name, fault in (("pipe.npy", "no regular file"), (".", "no regular file"), ("no", "no .n")):
+        with pytest.raises(UserError, match=fault):
+            read_tokens(str(tmp_path / name), 256)
+
+
+@pytest.mark.parametrize("dtype", ["int8", "uint64", ">i4"])
+@pytest.mark.parametrize("order", ["C", "F"])
+def test_arrays_of_every_layout_are_read(dtype, order, tmp_path):
+    np.save(tmp_path / "in.npy", np.arange(6).reshape(2, 3).astype(dtype, order=order))
+    got = read_tokens(str(tmp_path / "in.npy"), 163840)
+    assert got.dtype == np.int32
+    np.testing.assert_array_equal(got, [[0, 1, 2], [3, 4, 5]])

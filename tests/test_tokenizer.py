@@ -209,6 +209,7 @@ def test_a_hostile_rank_file_is_refused(tmp_path, content, fault):
         ({"added_tokens_decoder": {"300": {"content": "x"}, "301": {"content": "x"}}}, "two"),
         ({"eos_token": "</s>"}, "eos_token '</s>' is not among"),
         ({"chat_template": 3}, "chat_template must be text"),
+        ({"chat_template": [{"name": ["l"]}]}, "chat_template must be text"),
     ],
 )
 def test_a_hostile_config_is_refused(tmp_path, config, fault):

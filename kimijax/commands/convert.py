@@ -5,13 +5,18 @@
 """
 
 import argparse
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from kimijax.commands.paths import path
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `kimijax convert`."""
     add = parser.add_argument
-    add("source", metavar="SRC", help="a Hugging Face directory, or one of ours")
-    add("destination", metavar="DST", help="a directory that does not exist yet")
+    add("source", metavar="SRC", type=path, help="a Hugging Face directory, or one of ours")
+    add("destination", metavar="DST", type=path,
+        help="a directory that does not exist yet")
     add("--to", choices=("orbax", "hf"), required=True)
     add("--dtype", choices=("float32", "bfloat16"), help="default: as stored")
     add("--weights", choices=("expand", "keep"), default="expand",
@@ -22,16 +27,9 @@ def main(args: argparse.Namespace) -> int:
     """Convert, with a progress bar."""
     from pathlib import Path
 
-    from tqdm import tqdm
-
     from kimijax.convert.run import convert
 
-    with tqdm(unit="B", unit_scale=True, desc=f"convert to {args.to}") as bar:
-
-        def on_bytes(done: int, total: int) -> None:
-            bar.total = total
-            bar.update(done)
-
+    with _progress(f"convert to {args.to}") as on_bytes:
         skipped = convert(
             Path(args.source), Path(args.destination), args.to, args.dtype,
             args.weights == "keep", on_bytes,
@@ -40,3 +38,23 @@ def main(args: argparse.Namespace) -> int:
         print(f"{skipped} tensors that are no part of the language model were left out")
     print(f"written to {args.destination}")
     return 0
+
+
+@contextmanager
+def _progress(title: str) -> Iterator[Callable[[int, int], None]]:
+    """on_bytes(done, total), which shows a bar from its first call: a refusal stands alone."""
+    from tqdm import tqdm
+
+    bar = None
+
+    def on_bytes(done: int, total: int) -> None:
+        nonlocal bar
+        if bar is None:
+            bar = tqdm(total=total, unit="B", unit_scale=True, desc=title)
+        bar.update(done)
+
+    try:
+        yield on_bytes
+    finally:
+        if bar is not None:
+            bar.close()

@@ -7,10 +7,13 @@
 import argparse
 import json
 
+from kimijax.commands.paths import path
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `kimijax describe`."""
-    parser.add_argument("model", metavar="NAME|DIR", help="a preset, or a checkpoint directory")
+    parser.add_argument("model", metavar="NAME|DIR", type=path,
+        help="a preset, or a checkpoint directory")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
 
 
@@ -35,7 +38,9 @@ def _config(name: str):
         return name, PRESETS[name]()
     if Path(name).is_dir():
         return name, read_config(Path(name))
-    raise UserError(f"{name!r} is neither a directory nor a preset: there are {', '.join(PRESETS)}")
+    raise UserError(
+        f"{name!r:.200} is neither a directory nor a preset: there are {', '.join(PRESETS)}"
+    )
 
 
 def _text(facts: dict) -> str:

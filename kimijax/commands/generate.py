@@ -8,18 +8,20 @@ an end token of the checkpoint or a --stop. Without --temperature the likeliest 
 
 import argparse
 
+from kimijax.commands.paths import path
+
 DTYPES = ("float32", "bfloat16")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `kimijax generate`."""
     add = parser.add_argument
-    add("--checkpoint", required=True, metavar="DIR")
+    add("--checkpoint", required=True, type=path, metavar="DIR")
     prompt = parser.add_mutually_exclusive_group(required=True)
-    prompt.add_argument("--tokens", metavar="IN.npy", help="int32 [B, T]; needs --out")
+    prompt.add_argument("--tokens", type=path, metavar="IN.npy", help="int32 [B, T]; needs --out")
     prompt.add_argument("--prompt", metavar="TEXT")
-    prompt.add_argument("--file", metavar="F", help="a text file")
-    add("--out", metavar="OUT.npy", help="int32 [B, T + N], with --tokens")
+    prompt.add_argument("--file", type=path, metavar="F", help="a text file")
+    add("--out", type=path, metavar="OUT.npy", help="int32 [B, T + N], with --tokens")
     add("--chat", action="store_true", help="the text is a user's message, answered as one")
     add("--max_new", type=int, required=True, metavar="N", help="tokens to add")
     add("--temperature", type=float, default=0.0, help="0 (default): the likeliest token")
@@ -53,11 +55,14 @@ def main(args: argparse.Namespace) -> int:
         raise UserError(f"--max_new must be at least 1, got {args.max_new}")
     if (args.tokens is None) != (args.out is None):
         raise UserError("--tokens and --out go together: arrays in, arrays out")
+    if args.tokens is not None and (args.chat or args.stop):
+        given = "--chat" if args.chat else "--stop"
+        raise UserError(f"{given} is about text: it needs --prompt or --file, not --tokens")
     sampling = Sampling(
         temperature=args.temperature, top_k=args.top_k, top_p=args.top_p, min_p=args.min_p,
         repetition_penalty=args.repetition_penalty, seed=args.seed,
     )
-    return (_arrays if args.tokens else _text)(args, sampling)
+    return (_text if args.tokens is None else _arrays)(args, sampling)
 
 
 def _arrays(args: argparse.Namespace, sampling) -> int:
@@ -70,11 +75,12 @@ def _arrays(args: argparse.Namespace, sampling) -> int:
 
     from kimijax.commands.arrays import new_array, read_tokens
     from kimijax.convert.load import load, read_config
-    from kimijax.generate import decoder, generate
+    from kimijax.generate import check_room, decoder, generate
     from kimijax.ops.attend import local
 
     ids = read_tokens(args.tokens, read_config(Path(args.checkpoint)).vocab)
     rows, length = ids.shape
+    check_room(length, args.max_new)
     with new_array(args.out, (rows, length + args.max_new), np.int32) as out:
         loaded = load(args.checkpoint, args.dtype, keep=args.weights == "keep")
         programs = decoder(loaded.cfg, local(), jnp.dtype(args.dtype))
@@ -93,28 +99,20 @@ def _arrays(args: argparse.Namespace, sampling) -> int:
 def _text(args: argparse.Namespace, sampling) -> int:
     """Text in, text on the terminal as it comes."""
     import jax.numpy as jnp
-    import numpy as np
 
     from kimijax.convert.load import load
-    from kimijax.data.chat import encode_chat
     from kimijax.data.tokenizer import StreamDecoder, load_tokenizer
     from kimijax.generate import decoder, generate
     from kimijax.ops.attend import local
     from kimijax.sampling import StopStream
 
     tokenizer = load_tokenizer(args.checkpoint)
-    text = _prompt(args)
-    if args.chat:
-        ids = encode_chat(tokenizer, [{"role": "user", "content": text}],
-                          template=tokenizer.chat_template)
-    else:
-        ids = tokenizer.encode(text)
+    prompt = _encoded(args, tokenizer)
     loaded = load(args.checkpoint, args.dtype, keep=args.weights == "keep")
     programs = decoder(loaded.cfg, local(), jnp.dtype(args.dtype))
     ends = {*args.stop_ids, *tokenizer.eos}
     pieces, stops = StreamDecoder(tokenizer), StopStream(args.stop)
-    prompts = [np.array(ids, np.int32)]
-    for token in generate(programs, loaded.params, prompts, args.max_new, sampling):
+    for token in generate(programs, loaded.params, [prompt], args.max_new, sampling):
         if int(token[0]) in ends:
             break
         print(stops.push(pieces.push(int(token[0]))), end="", flush=True)
@@ -124,6 +122,29 @@ def _text(args: argparse.Namespace, sampling) -> int:
         print(stops.push(pieces.finish()) + stops.finish(), end="")
     print()
     return 0
+
+
+def _encoded(args: argparse.Namespace, tokenizer):
+    """The prompt's tokens, known to suit the model before its weights are read."""
+    from pathlib import Path
+
+    import numpy as np
+
+    from kimijax.convert.load import read_config
+    from kimijax.data.chat import encode_chat
+    from kimijax.generate import check_room
+    from kimijax.infer import check_tokens
+
+    text = _prompt(args)
+    if args.chat:
+        ids = encode_chat(tokenizer, [{"role": "user", "content": text}],
+                          template=tokenizer.chat_template)
+    else:
+        ids = tokenizer.encode(text)
+    prompt = np.array(ids, np.int32)
+    check_tokens(read_config(Path(args.checkpoint)), prompt)
+    check_room(len(prompt), args.max_new)
+    return prompt
 
 
 def _prompt(args: argparse.Namespace) -> str:

@@ -6,6 +6,8 @@ IN is int32 [B, T]; OUT is float32 [B, T, V]. DIR is a Hugging Face directory or
 
 import argparse
 
+from kimijax.commands.paths import path
+
 DTYPES = ("float32", "bfloat16")
 PIECE = 1024  # tokens whose logits are held at a time
 
@@ -13,9 +15,9 @@ PIECE = 1024  # tokens whose logits are held at a time
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `kimijax logits`."""
     add = parser.add_argument
-    add("--checkpoint", required=True, metavar="DIR")
-    add("--tokens", required=True, metavar="IN.npy", help="int32 [B, T]")
-    add("--out", required=True, metavar="OUT.npy", help="float32 [B, T, V]")
+    add("--checkpoint", required=True, type=path, metavar="DIR")
+    add("--tokens", required=True, type=path, metavar="IN.npy", help="int32 [B, T]")
+    add("--out", required=True, type=path, metavar="OUT.npy", help="float32 [B, T, V]")
     add("--dtype", choices=DTYPES, default="float32", help="of weights and activations")
     add("--weights", choices=("expand", "keep"), default="expand",
         help="keep: quantised experts stay as stored and are expanded tile by tile")
@@ -23,22 +25,27 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> int:
     """Read a row at a time, write its logits piece by piece."""
+    from pathlib import Path
+
     import jax
     import jax.numpy as jnp
     import numpy as np
     from tqdm import tqdm
 
     from kimijax.commands.arrays import new_array, read_tokens
-    from kimijax.convert.load import load
+    from kimijax.convert.load import load, read_config
+    from kimijax.generate import check_room
     from kimijax.model import Model
     from kimijax.ops.attend import local
 
-    loaded = load(args.checkpoint, args.dtype, keep=args.weights == "keep")
-    ids = read_tokens(args.tokens, loaded.cfg.vocab)
-    model = Model(loaded.cfg, local(), jnp.dtype(args.dtype))
-    hidden = jax.jit(lambda p, x: model.apply(p, x).hidden)
-    head = jax.jit(lambda p, x: model.apply(p, x, method="head"))
-    with new_array(args.out, (*ids.shape, loaded.cfg.vocab), np.float32) as out:
+    vocab = read_config(Path(args.checkpoint)).vocab
+    ids = read_tokens(args.tokens, vocab)
+    check_room(ids.shape[1], 0)
+    with new_array(args.out, (*ids.shape, vocab), np.float32) as out:
+        loaded = load(args.checkpoint, args.dtype, keep=args.weights == "keep")
+        model = Model(loaded.cfg, local(), jnp.dtype(args.dtype))
+        hidden = jax.jit(lambda p, x: model.apply(p, x).hidden)
+        head = jax.jit(lambda p, x: model.apply(p, x, method="head"))
         for row in tqdm(range(len(ids)), unit="row"):
             states = hidden(loaded.params, ids[row : row + 1])
             for at in range(0, ids.shape[1], PIECE):

@@ -4,9 +4,13 @@ In K2's format every turn is `<|im_ROLE|>NAME<|im_middle|>BODY<|im_end|>`, witho
 between turns (chat_template.jinja and docs/tool_call_guidance.md of Kimi-K2).
 """
 
+import contextlib
+import contextvars
 import functools
 import json
-from collections.abc import Iterator, Mapping, Sequence
+import re
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 from kimijax.data.codecs import CONFIG, need, refusing
 from kimijax.data.tokenizer import Tokenizer
@@ -15,6 +19,7 @@ from kimijax.errors import UserError
 SYSTEM = "You are Kimi, an AI assistant created by Moonshot AI."
 ROLES = ("system", "user", "assistant", "tool")
 MAX_RENDERED = 1 << 26  # characters
+MAX_SECONDS = 10.0  # of one rendering, which takes milliseconds
 
 _TEMPLATE_FAULT = "the chat template fails", "mend it, or leave it out for Kimi K2's own format"
 
@@ -49,14 +54,15 @@ def render_chat(
     template   Jinja source, as transformers renders it; None: Kimi K2's own format
     variables  what else the template reads, as bos_token
 
-    A template is a stranger's program. The sandbox keeps it from the machine and its output is
-    bounded, its running time is not. The text does not tell what a user wrote from structure:
-    `encode_chat` does.
+    A template is a stranger's program. The sandbox keeps it from the machine; time is checked at
+    every turn of a loop, call and filter, size before what commonly makes text long. A limit on the
+    process must stop what is left: one slow step, deeply nested lists. The text does not tell what
+    a user wrote from structure: `encode_chat` does.
     """
     messages, tools = _checked_chat(messages, tools)
     if template is None:
         return "".join(_parts(messages, tools, add_generation_prompt))
-    with refusing(*_TEMPLATE_FAULT):
+    with refusing(*_TEMPLATE_FAULT), _time_limit():
         pieces = _compiled(template).generate(
             **dict(variables or {}),
             messages=messages,
@@ -239,9 +245,146 @@ def _bounded(pieces: Iterator[str]) -> Iterator[str]:
         yield piece
 
 
+_deadline: contextvars.ContextVar[float] = contextvars.ContextVar("deadline", default=float("inf"))
+
+
+@contextlib.contextmanager
+def _time_limit() -> Iterator[None]:
+    before = _deadline.set(time.monotonic() + MAX_SECONDS)
+    try:
+        yield
+    finally:
+        _deadline.reset(before)
+
+
+def _check_time() -> None:
+    if time.monotonic() > _deadline.get():
+        raise UserError(f"the chat template runs for more than {MAX_SECONDS:g} seconds")
+
+
 def _check_size(size: int) -> None:
     if size > MAX_RENDERED:
         raise UserError(f"the chat template writes more than {MAX_RENDERED} characters")
+
+
+def _size(value: object) -> int:
+    return len(value) if hasattr(value, "__len__") else 0
+
+
+def _checked_size(value):
+    _check_size(_size(value))
+    return value
+
+
+_PADDING = {"batch", "center", "expandtabs", "indent", "ljust", "rjust", "slice", "tojson", "zfill"}
+_WIDE = re.compile(  # a field of many digits or of a width that is an argument
+    r"%(\([^)]*\))?[-+ #0]*(\d{6}|\*|\d*\.(\d{6}|\*))|\{[^{}]*:[^{}]*(\d{6}|\{)"
+)
+
+
+def _check_step(name: str, subject: object, args: Iterable) -> None:
+    """UserError for a filter or a method that is late or would make its subject too long."""
+    _check_time()
+    args = list(args)
+    if name in _PADDING:
+        width = max((a for a in args if isinstance(a, int)), default=0)
+        _check_size(width * max(_size(subject), 1))
+    elif name == "replace" and isinstance(subject, str):
+        old, new = (*args, "", "")[:2]
+        if isinstance(old, str):
+            _check_size(len(subject) + subject.count(old) * _size(new))
+    elif name == "join":
+        parts = [x for x in (subject, *args) if isinstance(x, list | tuple)]
+        glue = max((len(x) for x in (subject, *args) if isinstance(x, str)), default=0)
+        _check_size(sum(_size(x) + glue for part in parts for x in part))
+    elif name.startswith("format") and isinstance(subject, str) and _WIDE.search(subject):
+        raise UserError("the chat template formats a field of 100000 characters or more")
+
+
+def _guarded(name: str, function: Callable) -> Callable:
+    """A filter that is checked before and after."""
+    first = int(hasattr(function, "jinja_pass_arg"))  # it is given an environment or a context
+
+    @functools.wraps(function)
+    def run(*args, **options):
+        _check_step(name, args[first], (*args[first + 1 :], *options.values()))
+        return _checked_size(function(*args, **options))
+
+    return run
+
+
+def _repeat(a, b):
+    _check_size(max(_size(a) * b if isinstance(b, int) else 0,
+                    _size(b) * a if isinstance(a, int) else 0))
+    return a * b
+
+
+def _power(a, b):
+    if isinstance(a, int) and isinstance(b, int) and a.bit_length() * b > 4096:
+        raise UserError("the chat template computes a power of more than 4096 bits")
+    return a**b
+
+
+def _add(a, b):
+    _check_size(_size(a) + _size(b))
+    return a + b
+
+
+def _remainder(a, b):
+    _check_step("format", a, ())
+    return _checked_size(a % b)
+
+
+def _tojson(value, ensure_ascii=False, indent=None, separators=None, sort_keys=False) -> str:
+    return json.dumps(  # Jinja's own escapes HTML
+        value, ensure_ascii=ensure_ascii, indent=indent, separators=separators,
+        sort_keys=sort_keys,
+    )
+
+
+def _bounded_environment() -> type:
+    """Jinja's sandbox, with the usual ways to much text or time checked.
+
+    Made here, since Jinja is imported only where a template is.
+    """
+    from jinja2 import nodes
+    from jinja2.compiler import CodeGenerator
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    class Compiler(CodeGenerator):
+        def visit_Concat(self, node, frame):  # a ~ b ~ c is (a ~ b) ~ c, each checked
+            *left, right = node.nodes
+            if len(left) > 1:
+                inner = nodes.Concat(left, lineno=node.lineno, environment=self.environment)
+                node = nodes.Concat(
+                    [inner, right], lineno=node.lineno, environment=self.environment
+                )
+            self.write("environment.checked_size(")
+            super().visit_Concat(node, frame)
+            self.write(")")
+
+        def visit_For(self, node, frame):
+            turn = nodes.Call(nodes.EnvironmentAttribute("check_time"), [], [], None, None)
+            node.body.insert(0, nodes.ExprStmt(turn, lineno=node.lineno))
+            super().visit_For(node, frame)
+
+    class Environment(ImmutableSandboxedEnvironment):
+        code_generator_class = Compiler
+        intercepted_binops = frozenset({"+", "*", "**", "%"})
+        checked_size = staticmethod(_checked_size)
+        check_time = staticmethod(_check_time)
+
+        @staticmethod
+        def concat(pieces):
+            return "".join(_bounded(pieces))
+
+        def call(self, context, function, /, *args, **options):
+            method = getattr(function, "__wrapped__", function)  # the sandbox wraps str.format
+            subject, name = getattr(method, "__self__", None), getattr(method, "__name__", "")
+            _check_step(str(name), subject, (*args, *options.values()))
+            return _checked_size(super().call(context, function, *args, **options))
+
+    return Environment
 
 
 @functools.lru_cache(maxsize=8)
@@ -249,35 +392,16 @@ def _compiled(source: str):
     """A template in the environment that transformers gives to chat templates."""
     need("jinja2", "a chat template")
     from jinja2 import TemplateError
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
 
     def raise_exception(message: str) -> None:
         raise TemplateError(message)
 
-    def tojson(value, ensure_ascii=False, indent=None, separators=None, sort_keys=False) -> str:
-        return json.dumps(  # Jinja's own escapes HTML
-            value, ensure_ascii=ensure_ascii, indent=indent, separators=separators,
-            sort_keys=sort_keys,
-        )
-
-    def repeat(a, b):
-        if isinstance(a, int) and hasattr(b, "__len__"):
-            a, b = b, a
-        if hasattr(a, "__len__") and isinstance(b, int):
-            _check_size(len(a) * b)
-        return a * b
-
-    def power(a, b):
-        if isinstance(a, int) and isinstance(b, int) and a.bit_length() * b > 4096:
-            raise TemplateError("a power has more than 4096 bits")
-        return a**b
-
-    environment = ImmutableSandboxedEnvironment(
+    environment = _bounded_environment()(
         trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
     )
-    environment.filters["tojson"] = tojson
+    environment.filters["tojson"] = _tojson
+    environment.filters = {n: _guarded(n, f) for n, f in environment.filters.items()}
     environment.globals["raise_exception"] = raise_exception
-    # A product is the shortest way to more text than memory holds.
-    environment.intercepted_binops = frozenset({"*", "**"})
-    environment.binop_table |= {"*": repeat, "**": power}
+    del environment.globals["lipsum"]  # writes as much as it is asked for
+    environment.binop_table |= {"+": _add, "*": _repeat, "**": _power, "%": _remainder}
     return environment.from_string(source)

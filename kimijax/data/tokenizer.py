@@ -173,8 +173,9 @@ def _chat_template(directory: Path, config: dict) -> str | None:
             return content.decode("utf-8")
     template = config.get("chat_template")
     if isinstance(template, list):  # several, by name
-        named = {e.get("name"): e.get("template") for e in template if isinstance(e, dict)}
-        template = named.get("default", template)
+        objects = [e for e in template if isinstance(e, dict)]  # a name may be no hashable value
+        named = [e.get("template") for e in objects if e.get("name") == "default"]
+        template = named[-1] if named else template
     if template is not None and not isinstance(template, str):
         raise UserError(
             f"{directory / CONFIG}: chat_template must be text, or a list with one named default, "

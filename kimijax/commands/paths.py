@@ -1,0 +1,22 @@
+"""Paths on the command line, refused before any work where no system call can take them."""
+
+import os
+
+from kimijax.errors import UserError
+
+
+def path(text: str) -> str:
+    """`type=` of a path argument, which need not exist; UserError for one that never can."""
+    if not text:
+        raise UserError("a path is empty: name a file or a directory")
+    try:
+        os.stat(text)
+    except (FileNotFoundError, NotADirectoryError):
+        pass  # whether it must exist is for the command to say
+    except OSError as error:
+        raise UserError(
+            f"{text!r:.200}: cannot be reached: {error.strerror}; name another path"
+        ) from error
+    except ValueError as error:  # a NUL, or a character that file names here cannot hold
+        raise UserError(f"{text!r:.200}: is no path: {error}; name another") from error
+    return text
