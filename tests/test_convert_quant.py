@@ -1,5 +1,6 @@
 """8 and 4 bits are what the goldens say, bit for bit; what is rounded is off by half a step."""
 
+import json
 from pathlib import Path
 
 import ml_dtypes
@@ -9,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kimijax.convert import quant
+from kimijax.convert.load import load
 from kimijax.convert.quant import (
     dequantize_fp8,
     dequantize_int4,
@@ -17,6 +19,7 @@ from kimijax.convert.quant import (
     quantize_int4,
     unpack_int4,
 )
+from kimijax.convert.source import check_finite, check_quantization
 from kimijax.convert.tensors import open_directory
 from kimijax.errors import UserError
 
@@ -197,3 +200,39 @@ def test_what_cannot_be_quantised_is_named():
         pack_int4(np.zeros((2, 12), np.int8))
     with pytest.raises(ValueError, match=r"not float32 \(2, 8\)"):
         unpack_int4(np.zeros((2, 8), np.float32))
+
+
+@pytest.mark.parametrize("kind", [*FLOATS, FP8])
+def test_numbers_that_are_not_finite_are_found(kind):
+    size = np.dtype(kind).itemsize
+    good = np.arange(256 ** min(size, 2), dtype=f"u{size}").view(kind)  # subnormals and all
+    with np.errstate(invalid="ignore"):
+        good = good[np.isfinite(good)]
+    check_finite(good, "x")
+    check_finite(np.zeros((0, 3), kind), "x")
+    for bad in (np.nan, -np.nan, np.inf, -np.inf):
+        for at in (0, len(good)):
+            with pytest.raises(UserError, match="f.safetensors: w is not finite"):
+                check_finite(np.insert(good, at, np.array(bad, kind)), "f.safetensors: w")
+
+
+GROUP = {"num_bits": 4, "type": "int", "symmetric": True, "strategy": "group", "group_size": 32}
+PACKED = {"quant_method": "compressed-tensors", "format": "pack-quantized"}
+
+
+@pytest.mark.parametrize("scheme, match", [
+    ({"quant_method": "fp8", "fmt": "e5m2"}, "fmt 'e5m2'"),
+    ({"quant_method": "fp8", "activation_scheme": "static"}, "activation_scheme 'static'"),
+    (PACKED, "config_groups"),
+    (PACKED | {"config_groups": None}, "config_groups"),
+    (PACKED | {"config_groups": {"a": {"weights": GROUP | {"actorder": "group"}}}}, "actorder"),
+])
+def test_schemes_that_would_be_read_wrongly_are_refused(scheme, match, tmp_path):
+    with pytest.raises(UserError, match=match):
+        check_quantization(scheme)
+    config = json.loads((GOLDENS / "kimi_k25_text_tiny" / "config.json").read_text())
+    config["quantization_config"] = scheme
+    config["text_config"]["quantization_config"] = None
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match=match):
+        load(tmp_path)

@@ -1,5 +1,6 @@
 """A checkpoint directory of any kind as (config, params) in memory."""
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,7 +10,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from kimijax.checkpoint import load_model
 from kimijax.config import ModelConfig, MoEConfig
-from kimijax.config_tree import from_dict
+from kimijax.config_tree import from_dict, override
 from kimijax.convert.source import (
     DTYPES,
     Source,
@@ -59,20 +60,55 @@ def load(directory: str | Path, dtype: str = "float32", keep: bool = False) -> L
 
 def _load_store(directory: Path, dtype: np.dtype, keep: bool) -> Loaded:
     """A converted directory: its experts are as they were converted."""
-    cfg = read_config(directory)
+    cfg, hub, reader = open_store(directory)
     quantised = any(isinstance(x.ffn, MoEConfig) and x.ffn.weights for x in cfg.layers)
     if keep and not quantised:
         raise UserError(f"{directory}: its weights are not quantised, there is nothing to keep")
-    leaves, reader = {}, Reader(directory / PARAMS)
+    leaves = {}
     for name, x in parameter_shapes(cfg).items():
-        leaf = reader.read(name)
-        if leaf.shape != x.shape:
-            raise UserError(f"{directory}: {name} has shape {leaf.shape}, not {x.shape}")
-        leaves[name] = jax.device_put(leaf.astype(leaf_dtype(name, x.dtype, dtype), copy=False))
-    hub = directory / HUB
-    return Loaded(
-        cfg, {"params": unflatten_dict(leaves, sep=".")}, read_json(hub) if hub.exists() else None
-    )
+        kind = leaf_dtype(name, x.dtype, dtype)
+        leaves[name] = jax.device_put(reader.read(name).astype(kind, copy=False))
+    return Loaded(cfg, {"params": unflatten_dict(leaves, sep=".")}, hub)
+
+
+def open_store(directory: Path) -> tuple[ModelConfig, dict | None, Reader]:
+    """The config of a converted directory, the hub's config.json if it is there, and the arrays.
+
+    UserError: the three are not of one model. No number is read.
+    """
+    cfg, path, hub = read_config(directory), directory / HUB, None
+    if os.path.lexists(path):
+        hub, described = read_hub_config(path)
+        if described != _plain(cfg):
+            raise UserError(
+                f"{directory}: {CONFIG} and {HUB} describe different models; convert it again"
+            )
+    reader = Reader(directory / PARAMS)
+    try:
+        wanted = parameter_shapes(cfg)
+    except UserError as error:
+        raise UserError(f"{directory / CONFIG}: {error}") from error
+    for name, x in wanted.items():
+        shape, dtype = reader.shape(name), reader.dtype(name)
+        # Floats that are not of a quantised form are stored in either dtype.
+        exact = x.dtype != np.float32 or name.endswith("_scale")
+        kinds = {np.dtype(x.dtype)} if exact else set(DTYPES.values())
+        if shape != x.shape or dtype not in kinds:
+            raise UserError(
+                f"{directory / PARAMS}: {name} is {dtype} {shape}, but {CONFIG} makes it "
+                f"{' or '.join(sorted(map(str, kinds)))} {x.shape}; convert it again"
+            )
+    return cfg, hub, reader
+
+
+def _plain(cfg: ModelConfig) -> ModelConfig:
+    """`cfg` without what a hub config does not say: experts as stored, how embeddings begin."""
+    changes: dict[str, object] = {
+        f"groups.{i}.layers.{j}.ffn.weights": None
+        for i, group in enumerate(cfg.groups)
+        for j, layer in enumerate(group.layers) if isinstance(layer.ffn, MoEConfig)
+    }
+    return override(cfg, changes | {"embed_std": ModelConfig.embed_std})
 
 
 def read_config(directory: Path) -> ModelConfig:
@@ -103,7 +139,5 @@ def read_params(source: Source, dtype: np.dtype) -> dict:
     }
     for rule in source.rules():
         for part, array in zip(rule.parts, rule.split(source.read(rule)), strict=True):
-            if not np.isfinite(array).all():
-                raise UserError(f"{source.directory}: {rule.name} is not finite everywhere")
             leaves[part.leaf][part.index] = array
     return unflatten_dict({n: jax.device_put(x) for n, x in leaves.items()}, sep=".")

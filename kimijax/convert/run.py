@@ -1,8 +1,8 @@
 """The conversions: hub to store, store to hub, hub to hub (expanded or in another dtype)."""
 
 import json
-import shutil
-from collections.abc import Callable, Iterator
+import os
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import ml_dtypes
@@ -12,11 +12,12 @@ from flax.traverse_util import flatten_dict
 from kimijax.config import ModelConfig, MoEConfig
 from kimijax.convert.export_config import to_hub
 from kimijax.convert.header import DTYPES as FILE_DTYPES
-from kimijax.convert.load import is_hub, read_config
+from kimijax.convert.header import reading
+from kimijax.convert.load import is_hub, open_store
 from kimijax.convert.names import Rule, rules
-from kimijax.convert.source import DTYPES, Source, open_source, prefix, read_json
-from kimijax.convert.store import HUB, NOTES, PARAMS, Reader, stored
-from kimijax.convert.to_store import BESIDE, convert_to_store, row_slices, stored_dtype
+from kimijax.convert.source import DTYPES, SHAPES, Source, open_source, prefix, read_json
+from kimijax.convert.store import NOTES, PARAMS, stored
+from kimijax.convert.to_store import beside, cast, convert_to_store, row_slices, stored_dtype
 from kimijax.convert.write import ShardWriter
 from kimijax.errors import UserError
 
@@ -34,7 +35,9 @@ def convert(
     dtype  of floats, "float32" or "bfloat16"; None: as stored, bfloat16 where it was quantised
     keep   quantised experts stay as stored
     """
-    if out.exists():
+    if out.name in ("", ".."):
+        raise UserError(f"{out}: must end in the name of a new directory")
+    if os.path.lexists(out):  # a link to nothing exists, too
         raise UserError(f"{out}: exists; name another directory or remove it")
     wanted = None if dtype is None else DTYPES[dtype]
     if is_hub(source):
@@ -75,7 +78,8 @@ def export(
         return array if rows is None else array[rows]
 
     kinds = {rule.name: held(rule) for rule in rules(cfg)}
-    _write(cfg, to_hub(cfg) if hub is None else hub, out, kinds, arrays, lambda *_: None, "I64")
+    _write(cfg, to_hub(cfg) if hub is None else hub, out, kinds, arrays, lambda *_: None, "I64",
+           new=False)
 
 
 def _hub_to_hub(source: Source, out: Path, dtype: np.dtype | None, on_bytes: Progress) -> None:
@@ -86,14 +90,19 @@ def _hub_to_hub(source: Source, out: Path, dtype: np.dtype | None, on_bytes: Pro
             return source.read(rule)[... if rows is None else rows]
         return source.read_rows(rule, rows.start, rows.stop)
 
-    _write(source.cfg, source.hub, out, kinds, arrays, on_bytes, source.weight_shape_dtype())
-    _copy_beside(source.directory, out)
+    shape = source.weight_shape_dtype()
+    _write(source.cfg, source.hub, out, kinds, arrays, on_bytes, shape, beside(source.directory))
 
 
 def _store_to_hub(source: Path, out: Path, dtype: np.dtype | None, on_bytes: Progress) -> None:
-    cfg = read_config(source)
-    hub = read_json(source / HUB) if (source / HUB).exists() else to_hub(cfg)
-    reader = Reader(source / PARAMS)
+    cfg, hub, reader = open_store(source)
+    hub = to_hub(cfg) if hub is None else hub
+    shape = read_json(source / NOTES).get("weight_shape")
+    if shape not in SHAPES:
+        raise UserError(
+            f"{source / NOTES}: weight_shape must be {' or '.join(SHAPES)}, got {shape!r:.80}; "
+            "convert it again"
+        )
     kinds = {}
     for rule in rules(cfg):
         held = reader.dtype(rule.parts[0].leaf)
@@ -105,9 +114,7 @@ def _store_to_hub(source: Path, out: Path, dtype: np.dtype | None, on_bytes: Pro
         part = reader.read(rule.parts[0].leaf, (*[slice(None)] * rule.rows, rows))
         return part if rule.rows == 0 else part.T
 
-    shape = read_json(source / NOTES).get("weight_shape")
-    _write(cfg, hub, out, kinds, arrays, on_bytes, shape)
-    _copy_beside(source, out)
+    _write(cfg, hub, out, kinds, arrays, on_bytes, shape, beside(source))
 
 
 def _as(rule: Rule, dtype: np.dtype) -> np.dtype:
@@ -116,17 +123,26 @@ def _as(rule: Rule, dtype: np.dtype) -> np.dtype:
     return np.dtype(np.float32) if exact else dtype
 
 
-def _write(cfg, hub, out: Path, kinds, arrays, on_bytes: Progress, shape_dtype: str) -> None:
-    """Shards, index and config.json of a hub checkpoint."""
+def _write(
+    cfg: ModelConfig, hub: dict, out: Path, kinds: dict[str, np.dtype],
+    arrays: Callable[[Rule, slice | None], np.ndarray], on_bytes: Progress, shape_dtype: str,
+    files: Sequence[tuple[str, Path]] = (), new: bool = True,
+) -> None:
+    """Shards, index and config.json of a hub checkpoint; `files` go along."""
     start = prefix(hub)
     plan = {start + r.name: (NAMES[kinds[r.name]], r.shape) for r in rules(cfg)}
     shapes = dict(_weight_shapes(cfg, start))
     plan |= dict.fromkeys(shapes, (shape_dtype, (2,)))
     total = sum(int(np.prod(shape)) * FILE_DTYPES[kind].itemsize for kind, shape in plan.values())
-    with ShardWriter(out, plan) as writer:
+    with ShardWriter(out, plan, new=new) as writer:
+        writer.add("config.json", json.dumps(_config(cfg, hub, kinds), indent=1).encode())
+        for name, path in files:
+            with reading(path):
+                content = path.read_bytes()
+            writer.add(name, content)
         for rule in rules(cfg):
             for rows in row_slices(rule, kinds[rule.name]):
-                array = arrays(rule, rows).astype(kinds[rule.name], copy=False)
+                array = cast(arrays(rule, rows), kinds[rule.name], f"{out}: {rule.name}")
                 if rows is None:
                     writer.put(start + rule.name, array)
                 else:
@@ -134,7 +150,6 @@ def _write(cfg, hub, out: Path, kinds, arrays, on_bytes: Progress, shape_dtype: 
                 on_bytes(array.nbytes, total)
         for name, shape in shapes.items():
             writer.put(name, np.array(shape, FILE_DTYPES[shape_dtype]))
-        (out / "config.json").write_text(json.dumps(_config(cfg, hub, kinds), indent=1))
 
 
 def _weight_shapes(cfg: ModelConfig, start: str) -> Iterator[tuple[str, tuple[int, int]]]:
@@ -149,22 +164,35 @@ def _config(cfg: ModelConfig, hub: dict, kinds: dict[str, np.dtype]) -> dict:
     """The source's config.json, true of what is written: dtype, and quantisation if kept."""
     kept = any(isinstance(x.ffn, MoEConfig) and x.ffn.weights for x in cfg.layers)
     dtype = "bfloat16" if kinds["model.embed_tokens.weight"] == BF16 else "float32"
+    names = _expanded(cfg, prefix(hub))
     data = dict(hub)
-    for part in (data, data.get("text_config")):
-        if not isinstance(part, dict):
+    for part in ("", "text_config"):
+        held = data if not part else data.get(part)
+        if not isinstance(held, dict):
             continue
-        if not kept:
-            part.pop("quantization_config", None)
-        for key in ("dtype", "torch_dtype"):
-            if key in part:
-                part[key] = dtype
+        held = dict(held)
+        quant = held.pop("quantization_config", None)
+        if kept and isinstance(quant, dict):
+            key = "modules_to_not_convert" if quant.get("quant_method") == "fp8" else "ignore"
+            held["quantization_config"] = quant | {key: _with(quant.get(key), names)}
+        held |= {key: dtype for key in ("dtype", "torch_dtype") if key in held}
+        data = held if not part else data | {part: held}
     if not {"dtype", "torch_dtype"} & data.keys():
         data["torch_dtype"] = dtype
     return data
 
 
-def _copy_beside(source: Path, out: Path) -> None:
-    """Tokenizer and generation settings go along."""
-    for name in BESIDE:
-        if (source / name).is_file():
-            shutil.copyfile(source / name, out / name)
+def _expanded(cfg: ModelConfig, start: str) -> list[str]:
+    """The modules with a matrix that are written as floats when only experts stay quantised."""
+    other = ("embed_tokens.weight", ".gate.weight")  # not of class Linear
+    return [
+        start + rule.name.removesuffix(".weight") for rule in rules(cfg)
+        if len(rule.shape) == 2 and rule.name.endswith(".weight") and not rule.dtypes
+        and not rule.name.endswith(other)
+    ]
+
+
+def _with(names: object, more: list[str]) -> list:
+    """A list of a foreign config with these names in it."""
+    names = list(names) if isinstance(names, list) else []
+    return [*names, *(name for name in more if name not in names)]

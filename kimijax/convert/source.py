@@ -1,6 +1,7 @@
 """A Hugging Face checkpoint as a source of arrays: checked by name, dequantised."""
 
 import json
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +16,7 @@ from kimijax.convert.config import WRAPPER, from_hub, text_config
 from kimijax.convert.header import TensorInfo
 from kimijax.convert.names import Rule, rules
 from kimijax.convert.quant import dequantize_fp8, dequantize_int4
-from kimijax.convert.tensors import TensorFiles, open_directory
+from kimijax.convert.tensors import TensorFiles, _inside, open_directory
 from kimijax.errors import UserError
 
 PREFIX = "language_model."
@@ -25,6 +26,13 @@ GROUP = 32  # of int4
 LARGEST_CONFIG = 1 << 24  # bytes
 DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
 KEPT_FLOAT32 = ("bias", "A_log", "dt_bias")  # leaves that are float32 whatever the dtype
+SHAPES = ("I32", "I64")  # dtypes of the shapes beside packed weights
+# Bits of a float that are all set in NaN and infinity (in e4m3fn: in NaN, it has no infinity).
+EXPONENTS = {
+    "float32": (np.uint32, 0x7F800000), "bfloat16": (np.uint16, 0x7F80),
+    "float16": (np.uint16, 0x7C00), "float8_e4m3fn": (np.uint8, 0x7F),
+}
+BLOCK = 2**16  # numbers looked at together, so that what is made of them stays in the cache
 
 
 @dataclass(frozen=True)
@@ -58,10 +66,7 @@ class Source:
             case "int4":
                 packed, scale = (self.files.read(f"{name}_{x}") for x in ("packed", "scale"))
                 return dequantize_int4(packed, scale, name=name)
-        array = self.files.read(name)
-        if rule.dtypes and array.dtype != np.int32 and not np.isfinite(array).all():
-            raise UserError(f"{self.files.info(name).file}: {name} is not finite everywhere")
-        return array
+        return self._finite(name, self.files.read(name))
 
     def info(self, rule: Rule) -> TensorInfo:
         """The tensor in the file that holds the numbers of a rule."""
@@ -70,8 +75,8 @@ class Source:
 
     def weight_shape_dtype(self) -> str:
         """How the shapes beside packed weights are stored (releases differ)."""
-        name = next((n for n in self.files.names() if n.endswith(".weight_shape")), None)
-        return "I64" if name is None else self.files.info(name).dtype
+        found = (self.files.info(n) for n in self.files.names() if n.endswith(".weight_shape"))
+        return next((info.dtype for info in found if info.dtype in SHAPES), "I64")
 
     def size(self, rule: Rule) -> int:
         """Its bytes in the file."""
@@ -80,7 +85,27 @@ class Source:
 
     def read_rows(self, rule: Rule, start: int, stop: int) -> np.ndarray:
         """Rows of a hub tensor that is stored as it is."""
-        return self.files.read_rows(prefix(self.hub) + rule.name, start, stop)
+        name = prefix(self.hub) + rule.name
+        return self._finite(name, self.files.read_rows(name, start, stop))
+
+    def _finite(self, name: str, array: np.ndarray) -> np.ndarray:
+        check_finite(array, f"{self.files.info(name).file}: {name}")
+        return array
+
+
+def check_finite(array: np.ndarray, what: str) -> None:
+    """UserError if floats hold NaN or infinity; arrays of anything else pass.
+
+    what  the file and the tensor, for the message
+    """
+    if array.dtype.name not in EXPONENTS or not array.size:
+        return
+    word, mask = EXPONENTS[array.dtype.name]
+    # By the bits: isfinite of 16-bit floats is ten times slower than reading them.
+    words = array.reshape(-1).view(word)
+    for at in range(0, words.size, BLOCK):
+        if (words[at : at + BLOCK] & word(mask)).max() == mask:
+            raise UserError(f"{what} is not finite everywhere; fetch it again, or mend it")
 
 
 def prefix(hub: dict) -> str:
@@ -89,11 +114,15 @@ def prefix(hub: dict) -> str:
 
 
 def read_json(path: Path) -> dict:
-    """A JSON object from a file that a stranger wrote."""
+    """A JSON object from a file that a stranger wrote, which lies in its directory."""
+    real = _inside(path.parent, path.name)
     try:
-        if path.stat().st_size > LARGEST_CONFIG:
+        if real.stat().st_size > LARGEST_CONFIG:
             raise UserError(f"{path}: is larger than any config")
-        data = json.loads(path.read_text(encoding="utf-8"))
+        data = json.loads(
+            real.read_text(encoding="utf-8"), object_pairs_hook=_unique, parse_float=_number,
+            parse_constant=_number,
+        )
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path}: cannot be read as JSON: {brief(error)}") from error
     if not isinstance(data, dict):
@@ -101,13 +130,31 @@ def read_json(path: Path) -> dict:
     return data
 
 
+def _unique(pairs: list[tuple[str, object]]) -> dict:
+    """An object, in which no name is twice: readers differ in which of them they take."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        seen: set[str] = set()
+        name = next(n for n, _ in pairs if n in seen or seen.add(n))
+        raise ValueError(f"the name {name[:80]!r} is twice in one object; remove one")
+    return found
+
+
+def _number(text: str) -> float:
+    """A float; NaN and infinity are no JSON, and 1e999 is none of a config."""
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError(f"{text[:40]} is no number; correct it")
+    return value
+
+
 def read_hub_config(path: Path) -> tuple[dict, ModelConfig]:
     """A hub's config.json as it is and as a model, its quantisation one that can be read."""
     hub = read_json(path)
     try:
         cfg = from_hub(hub)
-        text = text_config(hub)
-        check_quantization(text.get("quantization_config", hub.get("quantization_config")))
+        given = (x.get("quantization_config") for x in (text_config(hub), hub))
+        check_quantization(next((x for x in given if x is not None), None))
     except UserError as error:
         raise UserError(f"{path}: {error}") from error
     return hub, cfg
@@ -145,6 +192,9 @@ def check_quantization(quant: object) -> None:
     if method == "fp8":
         if quant.get("weight_block_size", [FP8_BLOCK] * 2) != [FP8_BLOCK] * 2:
             raise UserError(f"fp8 weight_block_size {quant['weight_block_size']} is not [128, 128]")
+        for key, want in (("fmt", "e4m3"), ("activation_scheme", "dynamic")):
+            if quant.get(key, want) != want:
+                raise UserError(f"fp8 {key} {quant[key]!r:.80} is not supported, only {want!r}")
         return
     if method != "compressed-tensors":
         raise UserError(
@@ -152,11 +202,13 @@ def check_quantization(quant: object) -> None:
         )
     if quant.get("format") != "pack-quantized":
         raise UserError(f"quantisation format {quant.get('format')!r} is not 'pack-quantized'")
-    groups = quant.get("config_groups") or {}
-    for name, group in groups.items() if isinstance(groups, dict) else [("groups", groups)]:
+    groups = quant.get("config_groups")
+    if not isinstance(groups, dict) or not groups:
+        raise UserError(f"config_groups must be an object with a group, got {groups!r:.80}")
+    for name, group in groups.items():
         weights = group.get("weights") if isinstance(group, dict) else None
         want = {"num_bits": 4, "type": "int", "symmetric": True, "strategy": "group",
-                "group_size": GROUP}
+                "group_size": GROUP, "actorder": None}
         got = {k: weights.get(k) for k in want} if isinstance(weights, dict) else weights
         if got != want:
             raise UserError(f"quantisation group {name!r} has weights {got}, not {want}")
@@ -188,11 +240,16 @@ def _form(files: TensorFiles, names: set[str], name: str, rule: Rule) -> tuple[s
     """How a tensor is stored, and the names of the tensors that hold it; shapes are checked."""
     if rule.dtypes:
         _check(files, name, rule.shape, rule.dtypes)
-        return "as is", {name, name.replace("_packed", "_shape")} & names
+        beside = f"{name.removesuffix('_packed')}_shape"
+        if name.endswith("_packed") and beside in names:
+            _check_shape(files, beside, (rule.shape[0], rule.shape[1] * 8))
+        return "as is", {name, beside} & names
     if f"{name}_packed" in names and len(rule.shape) == 2:
         n, k = rule.shape
         _check(files, f"{name}_packed", (n, -(-k // 8)), ("I32",))
         _check(files, f"{name}_scale", (n, -(-k // GROUP)), FLOATS)
+        if f"{name}_shape" in names:
+            _check_shape(files, f"{name}_shape", (n, k))
         return "int4", {f"{name}_{x}" for x in ("packed", "scale", "shape")} & names
     if files.info(name).dtype == "F8_E4M3":
         _check(files, name, rule.shape, ("F8_E4M3",))
@@ -210,6 +267,13 @@ def _check(files: TensorFiles, name: str, shape: tuple[int, ...], dtypes: tuple[
         raise UserError(
             f"{info.file}: {name!r} has shape {tuple(info.shape)}, its config makes it {shape}"
         )
+
+
+def _check_shape(files: TensorFiles, name: str, shape: tuple[int, int]) -> None:
+    """The tensor that says the shape of packed weights says the one they have."""
+    _check(files, name, (2,), SHAPES)
+    if (found := tuple(files.read(name).tolist())) != shape:
+        raise UserError(f"{files.info(name).file}: {name!r} says {found}, its config {shape}")
 
 
 def _skipped(directory: Path, rest: set[str], start: str, layers: int) -> int:

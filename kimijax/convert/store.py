@@ -7,12 +7,16 @@ described as such (zarr's transpose codec) and not moved.
 """
 
 import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from kimijax.checkpoint.common import brief
+from kimijax.convert.source import check_finite
 from kimijax.errors import UserError
 
 METADATA = "_METADATA"
@@ -30,6 +34,22 @@ class Leaf:
     order: tuple[int, ...]
 
 
+class WriteError(UserError):
+    """The disk is at fault, not the source: what was written before is sound."""
+
+
+@contextmanager
+def writing(directory: Path) -> Iterator[None]:
+    """Failures of the disk, ValueError among them as tensorstore raises it, as WriteError."""
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        why = getattr(error, "strerror", None) or brief(error)
+        raise WriteError(
+            f"{directory}: cannot be written: {why}; check its path, permissions and free space"
+        ) from error
+
+
 class Store:
     """Arrays by name in a directory. Writing the same place twice replaces it."""
 
@@ -37,6 +57,11 @@ class Store:
         self.directory, self.leaves = directory, leaves
         self._arrays = {}
         self._pending: list[tuple[object, int]] = []
+        # Files that a killed process was writing: tensorstore would write over them, and what was
+        # longer before would stay behind the end. Who opens a Store is alone in the directory.
+        with writing(directory):
+            for cut in directory.rglob("*.__lock"):
+                cut.unlink()
 
     def write(self, leaf: str, index: tuple, array: np.ndarray) -> None:
         """Begin to write a part; waits when too much is on its way."""
@@ -49,6 +74,12 @@ class Store:
         """All that was written is on the disk."""
         self._settle(len(self._pending))
 
+    def abandon(self) -> None:
+        """Wait for what is on its way, however it ends: nothing is written after that."""
+        for future, _ in self._pending:
+            with suppress(Exception):
+                future.result()
+
     def finish(self) -> None:
         """Everything was written: describe the tree, which makes it a checkpoint."""
         self.flush()
@@ -60,19 +91,16 @@ class Store:
             "store_array_data_equal_to_fill_value": True,
             "custom_metadata": None,
         }
-        temporary = self.directory / f"{METADATA}.tmp"
-        temporary.write_text(json.dumps(described))
-        temporary.replace(self.directory / METADATA)
+        with writing(self.directory):
+            replace(self.directory / METADATA, json.dumps(described))
 
     def _bytes(self) -> int:
         return sum(size for _, size in self._pending)
 
     def _settle(self, count: int) -> None:
-        try:
+        with writing(self.directory):
             for future, _ in self._pending[:count]:
                 future.result()
-        except (ValueError, OSError) as error:  # how tensorstore reports a full or closed disk
-            raise UserError(f"{self.directory}: cannot be written: {brief(error)}") from error
         del self._pending[:count]
 
     def _array(self, name: str):
@@ -80,20 +108,35 @@ class Store:
             import tensorstore as ts
 
             spec = _spec(self.directory, name) | {"metadata": _zarr(self.leaves[name])}
-            self._arrays[name] = ts.open(spec, create=True, open=True).result()
+            with writing(self.directory):
+                self._arrays[name] = ts.open(spec, create=True, open=True).result()
         return self._arrays[name]
 
 
+def replace(path: Path, text: str) -> None:
+    """A file that is there as a whole or not at all."""
+    temporary = path.with_name(f"{path.name}.tmp")
+    temporary.write_text(text)
+    temporary.replace(path)
+
+
 class Reader:
-    """The arrays of a store; UserError: one is missing or damaged."""
+    """The arrays of a store; UserError: one is missing or damaged, or lies elsewhere."""
 
     def __init__(self, directory: Path):
         self.directory = directory
         self._arrays = {}
+        link = directory if directory.is_symlink() else _link(directory)
+        if link:
+            raise UserError(f"{link}: is a symbolic link; copy what it names into the store")
 
     def dtype(self, name: str) -> np.dtype:
         """Of an array."""
         return self._open(name).dtype.numpy_dtype
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Of an array."""
+        return tuple(self._open(name).shape)
 
     def read(self, name: str, index: tuple = ()) -> np.ndarray:
         """An array, or the part of it at an index, its axes in memory as they are on disk."""
@@ -102,9 +145,11 @@ class Reader:
         order = [axis - taken for axis in _order(array)[taken:]]
         try:
             part = array[index] if index else array
-            return part.transpose(order).read().result().transpose(np.argsort(order))
+            found = part.transpose(order).read().result()
         except (ValueError, OSError) as error:
             raise self._refusal(name, error) from error
+        check_finite(found, f"{self.directory}: {name}")
+        return found.transpose(np.argsort(order))
 
     def _open(self, name: str):
         import tensorstore as ts
@@ -118,6 +163,15 @@ class Reader:
 
     def _refusal(self, name: str, error: Exception) -> UserError:
         return UserError(f"{self.directory}: {name} cannot be read: {brief(error)}")
+
+
+def _link(directory: Path) -> Path | None:
+    """A symbolic link below a directory."""
+    for at, folders, files in os.walk(directory):
+        for name in (*folders, *files):
+            if (Path(at) / name).is_symlink():
+                return Path(at) / name
+    return None
 
 
 def _order(array) -> list[int]:

@@ -4,23 +4,46 @@ One hub tensor at a time is read, laid out and written at its index of the stack
 does not grow with the model. What is written is noted; an interrupted conversion goes on there.
 """
 
+import dataclasses
 import json
+import os
 import shutil
 from collections.abc import Callable, Iterator
-from dataclasses import replace
+from contextlib import contextmanager
+from fcntl import LOCK_EX, LOCK_NB, flock
+from hashlib import blake2b
 from pathlib import Path
+from typing import TextIO
 
 import numpy as np
 
 from kimijax.config_tree import to_dict
 from kimijax.convert.header import DTYPES as FILE_DTYPES
 from kimijax.convert.names import Rule
-from kimijax.convert.source import DTYPES, KEPT_FLOAT32, Source, leaf_dtype
-from kimijax.convert.store import HUB, NOTES, PARAMS, Leaf, Store
+from kimijax.convert.source import (
+    DTYPES,
+    KEPT_FLOAT32,
+    Source,
+    check_finite,
+    leaf_dtype,
+)
+from kimijax.convert.store import (
+    HUB,
+    NOTES,
+    PARAMS,
+    Leaf,
+    Store,
+    WriteError,
+    replace,
+    writing,
+)
+from kimijax.convert.tensors import _inside
+from kimijax.convert.write import make_directories, remove_directories
 from kimijax.errors import UserError
 from kimijax.model import parameter_shapes
 
-DTYPE, DONE = "dtype.txt", "converted.log"  # there until the conversion is complete
+# There until the conversion is complete; nothing that loads looks at them.
+CLAIM, DONE, LOCK = "source.json", "converted.log", "lock"
 PIECE = 64 * 2**20  # bytes of a tensor that is read in rows
 NOTE_EVERY = 512 * 2**20  # bytes between notes of what is done
 BESIDE = (  # files of a tokenizer and of generation that go along
@@ -37,30 +60,73 @@ def convert_to_store(
     While it works everything is in out.partial; UserError if that is of another conversion.
     """
     partial = out.with_name(f"{out.name}.partial")
-    total = sum(source.size(rule) for rule in source.rules())
-    done = _claim(partial, source, dtype)
+    with writing(partial):
+        made = make_directories(partial)
+    try:
+        with _locked(partial, out):
+            try:
+                _convert(source, partial, dtype, on_bytes)
+            except UserError as error:
+                # What a full disk cut short can be resumed, what is of a bad source can not; an
+                # interruption is another exception.
+                if made and not (isinstance(error, WriteError) and _done(partial)):
+                    shutil.rmtree(partial, ignore_errors=True)
+                raise
+            with writing(out):
+                partial.rename(out)
+                # Once it has its name: without the notes nothing could resume, with them it loads.
+                for name in (DONE, CLAIM, LOCK):
+                    (out / name).unlink(missing_ok=True)
+    except UserError:
+        remove_directories(made)  # those that are empty
+        raise
+
+
+def _convert(
+    source: Source, partial: Path, dtype: np.dtype | None, on_bytes: Callable[[int, int], None]
+) -> None:
+    """Everything of the store into `partial`, from where it was left."""
+    with writing(partial):
+        _claim(partial, source, dtype)
+        done, log = _done(partial), (partial / DONE).open("a")
     store = Store(partial / PARAMS, plan(source, dtype))
-    with (partial / DONE).open("a") as log:
-        names, size = [], 0
-        for rule in source.rules():
-            if rule.name not in done:
-                for index, name, array in _pieces(source, rule, store.leaves):
-                    store.write(name, index, _cast(array, store.leaves[name].dtype))
-                names.append(rule.name)
-            read = source.size(rule)
-            size += read
-            on_bytes(read, total)
-            if size > NOTE_EVERY:
-                _note(store, log, names)
-                names, size = [], 0
-        _note(store, log, names)
+    try:
+        with log:
+            _write_all(source, store, done, log, on_bytes)
+    except BaseException:
+        store.abandon()  # or it would write into a directory that is removed or another's by then
+        raise
     store.finish()
-    for name in BESIDE:
-        if (source.directory / name).is_file():
-            shutil.copyfile(source.directory / name, partial / name)
-    for name in (DONE, DTYPE):
-        (partial / name).unlink()
-    partial.rename(out)
+    for name, real in beside(source.directory):
+        with writing(partial):
+            shutil.copyfile(real, partial / name)
+
+
+def _write_all(
+    source: Source, store: Store, done: set[str], log: TextIO,
+    on_bytes: Callable[[int, int], None],
+) -> None:
+    """Every tensor that is not done, and notes of them."""
+    total = sum(source.size(rule) for rule in source.rules())
+    names, size = [], 0
+    for rule in source.rules():
+        if rule.name not in done:
+            for index, name, array in _pieces(source, rule, store.leaves):
+                what = f"{source.directory}: {rule.name}"
+                store.write(name, index, cast(array, store.leaves[name].dtype, what))
+            names.append(rule.name)
+        read = source.size(rule)
+        size += read
+        on_bytes(read, total)
+        if size > NOTE_EVERY:
+            _note(store, log, names)
+            names, size = [], 0
+    _note(store, log, names)
+
+
+def beside(directory: Path) -> list[tuple[str, Path]]:
+    """(name, file) of what goes along with a model: its tokenizer and generation settings."""
+    return [(n, _inside(directory, n)) for n in BESIDE if (directory / n).is_file()]
 
 
 def plan(source: Source, dtype: np.dtype | None) -> dict[str, Leaf]:
@@ -74,7 +140,8 @@ def plan(source: Source, dtype: np.dtype | None) -> dict[str, Leaf]:
             kind = found if dtype is None else leaf_dtype(part.leaf, shapes[part.leaf].dtype, found)
             if part.leaf in leaves:
                 if leaves[part.leaf].dtype.itemsize < kind.itemsize:  # layers differ: the widest
-                    leaves[part.leaf] = replace(leaves[part.leaf], dtype=kind)
+                    held = leaves[part.leaf]
+                    leaves[part.leaf] = dataclasses.replace(held, dtype=kind)
                 continue
             inner = list(shape[lead:])
             if rule.rows is not None:
@@ -130,31 +197,87 @@ def _pieces(
         yield (*part.index, *index), part.leaf, array
 
 
-def _cast(array: np.ndarray, dtype: np.dtype) -> np.ndarray:
-    return array if array.dtype == dtype else array.astype(dtype, order="K")
+def cast(array: np.ndarray, dtype: np.dtype, what: str) -> np.ndarray:
+    """An array in a dtype; UserError names `what` if its numbers are too large for it."""
+    if array.dtype == dtype:
+        return array
+    found = array.astype(dtype, order="K")
+    if dtype.itemsize < array.dtype.itemsize:
+        check_finite(found.ravel(order="K"), f"{what} as {dtype}")
+    return found
 
 
-def _claim(partial: Path, source: Source, dtype: np.dtype) -> set[str]:
-    """Make `partial`, or find what is done in it."""
-    config = json.dumps(to_dict(source.cfg), indent=1)
-    notes = json.dumps({"weight_shape": source.weight_shape_dtype()})
+def _claim(partial: Path, source: Source, dtype: np.dtype | None) -> None:
+    """Make `partial` ours, or see that it is: the same source, and the same way to convert it."""
+    weight_shape = {"weight_shape": source.weight_shape_dtype()}
     files = {
-        "config.json": config, HUB: json.dumps(source.hub, indent=1), NOTES: notes,
-        DTYPE: str(dtype),
+        "config.json": json.dumps(to_dict(source.cfg), indent=1),
+        HUB: json.dumps(source.hub, indent=1),
+        NOTES: json.dumps(weight_shape),
     }
-    if not partial.exists():
-        partial.mkdir(parents=True)
+    claim = json.dumps({"dtype": str(dtype), "source": _identity(source), "files": files})
+    held = partial / CLAIM
+    if not held.exists():
+        # The claim is written last: a start that was cut short left no more than these files.
+        names = {*files, CLAIM, LOCK}
+        if foreign := sorted(set(os.listdir(partial)) - names - {f"{n}.tmp" for n in names}):
+            raise UserError(
+                f"{partial}: holds {foreign[0]!r:.80}, which no conversion of ours left; remove it "
+                "or name another directory"
+            )
         for name, text in files.items():
-            (partial / name).write_text(text)
-    if any(not (partial / n).is_file() or (partial / n).read_text() != text
-           for n, text in files.items()):
-        raise UserError(f"{partial}: holds another conversion; remove it or name another directory")
+            replace(partial / name, text)
+        replace(held, claim)
+    elif held.read_bytes() != claim.encode():
+        raise UserError(
+            f"{partial}: holds another conversion, or its source has changed; remove it or name "
+            "another directory"
+        )
+
+
+def _identity(source: Source) -> str:
+    """A digest that differs for other weights: every tensor's place, every file's size and time."""
+    digest, seen = blake2b(), set()
+    for name in source.files.names():
+        info = source.files.info(name)
+        if info.file not in seen:
+            seen.add(info.file)
+            found = info.file.stat()
+            digest.update(repr((found.st_size, found.st_mtime_ns)).encode())
+        digest.update(repr((*info[:3], info.file.name, *info[4:])).encode())
+    return digest.hexdigest()
+
+
+@contextmanager
+def _locked(partial: Path, out: Path) -> Iterator[None]:
+    """Alone at work in `partial`; UserError: another conversion is."""
+    with writing(partial):
+        file = (partial / LOCK).open("a")
+    with file:
+        try:
+            flock(file, LOCK_EX | LOCK_NB)
+        except BlockingIOError as error:
+            raise UserError(
+                f"{partial}: another conversion is writing to it; wait for it, or name another "
+                "directory"
+            ) from error
+        except OSError:
+            pass  # a file system without locks
+        # Another conversion may have come to its end between the check and the lock.
+        if os.path.lexists(out):
+            raise UserError(f"{out}: exists; name another directory or remove it")
+        yield
+
+
+def _done(partial: Path) -> set[str]:
+    """The tensors that are noted as being on the disk."""
     log = partial / DONE
-    return set(log.read_text().splitlines()) if log.exists() else set()
+    return set(log.read_text(errors="replace").splitlines()) if log.exists() else set()
 
 
-def _note(store: Store, log, names: list[str]) -> None:
+def _note(store: Store, log: TextIO, names: list[str]) -> None:
     """Write down that tensors are on the disk, once they are."""
     store.flush()
-    log.writelines(f"{name}\n" for name in names)
-    log.flush()
+    with writing(store.directory):
+        log.writelines(f"{name}\n" for name in names)
+        log.flush()

@@ -27,11 +27,13 @@ class ShardWriter:
     Wrong use raises ValueError, a directory that cannot be written to UserError.
     """
 
-    def __init__(self, directory: str | os.PathLike, plan: Plan, shard_bytes: int = 5 * 2**30):
+    def __init__(self, directory: str | os.PathLike, plan: Plan, shard_bytes: int = 5 * 2**30,
+                 new: bool = False):
         """Write the headers.
 
         plan         name -> (a key of DTYPES, shape) of every tensor, in the order to store them
         shard_bytes  of tensors in a file; a larger tensor has a file of its own
+        new          UserError if the directory is there already
         """
         self._directory = Path(directory)
         _check_plan(plan, shard_bytes)
@@ -44,11 +46,14 @@ class ShardWriter:
         self._left = [set(shard) for shard in shards]  # names to come, by file
         self._place: dict[str, tuple[int, int]] = {}  # name -> file and offset in it
         self._rows: dict[str, int] = {}  # name -> rows that were put one after the other
+        self._beside: list[str] = []  # files that go with them
         self._made: list[Path] = []
         self._state = "open"  # then "written" or "discarded"
         headers = [self._lay_out(number, shard) for number, shard in enumerate(shards)]
+        self._new: list[Path] = []  # directories that were not there, the innermost first
         with self._or_discard():
-            _prepare(self._directory)
+            self._new = make_directories(self._directory, new)
+            _check_empty(self._directory)
             for file, header in zip(self._files, headers, strict=True):
                 self._create(f"{file}.tmp", header)
 
@@ -76,6 +81,12 @@ class ShardWriter:
         self._rows[name] = at + len(array)
         offset = at * _size(self._plan[name][0], (1, *shape[1:]))
         self._store(name, array, offset, self._rows[name] == rows)
+
+    def add(self, name: str, content: bytes) -> None:
+        """A file that goes with the tensors and gets its name before any of them does."""
+        with self._or_discard():
+            self._create(f"{name}.tmp", content)
+        self._beside.append(name)
 
     def _store(self, name: str, array: np.ndarray, offset: int, whole: bool) -> None:
         """Bytes to their place; with the last of a file's tensors `whole`, the file to the disk."""
@@ -105,7 +116,9 @@ class ShardWriter:
             self.discard()
             raise ValueError(f"{len(missing)} tensors were never put, such as {missing[0]}")
         with self._or_discard():
-            for file in self._files:
+            for file in self._beside:
+                _sync(self._directory / f"{file}.tmp")
+            for file in (*self._beside, *self._files):
                 self._rename(file)
             _sync(self._directory)
             if len(self._files) > 1:
@@ -123,6 +136,7 @@ class ShardWriter:
         while self._made:
             with contextlib.suppress(OSError):  # never written, or gone with its directory
                 self._made.pop().unlink()
+        remove_directories(self._new)
 
     @contextlib.contextmanager
     def _or_discard(self) -> Iterator[None]:
@@ -212,9 +226,29 @@ def _split(plan: Plan, shard_bytes: int) -> list[list[str]]:
     return [sorted(shard, key=lambda name: -DTYPES[plan[name][0]].itemsize) for shard in shards]
 
 
-def _prepare(directory: Path) -> None:
+def make_directories(directory: Path, new: bool = False) -> list[Path]:
+    """Make a directory and those above it; returns what was not there, the innermost first.
+
+    new  FileExistsError if it is there; one that cannot be made leaves none of the others
+    """
+    missing = [x for x in (directory, *directory.parents) if not os.path.lexists(x)]
+    try:
+        directory.mkdir(parents=True, exist_ok=not new)
+    except BaseException:
+        remove_directories(missing)
+        raise
+    return missing
+
+
+def remove_directories(directories: list[Path]) -> None:
+    """Those of them that are empty, the innermost first."""
+    for directory in directories:
+        with contextlib.suppress(OSError):
+            directory.rmdir()
+
+
+def _check_empty(directory: Path) -> None:
     """A directory without a model: old files among new ones would be read as one."""
-    directory.mkdir(parents=True, exist_ok=True)
     names = sorted(os.listdir(directory))
     if old := [name for name in names if name == INDEX or name.endswith(SUFFIX)]:
         raise UserError(f"{directory}: holds {old[0]}; name a new directory, or remove the model")
