@@ -16,7 +16,7 @@ from kimijax.convert.config import WRAPPER, from_hub, text_config
 from kimijax.convert.header import TensorInfo
 from kimijax.convert.names import Rule, rules
 from kimijax.convert.quant import dequantize_fp8, dequantize_int4
-from kimijax.convert.tensors import TensorFiles, _inside, open_directory
+from kimijax.convert.tensors import TensorFiles, inside, open_directory
 from kimijax.errors import UserError
 
 PREFIX = "language_model."
@@ -115,7 +115,7 @@ def prefix(hub: dict) -> str:
 
 def read_json(path: Path) -> dict:
     """A JSON object from a file that a stranger wrote, which lies in its directory."""
-    real = _inside(path.parent, path.name)
+    real = inside(path.parent, path.name)
     try:
         if real.stat().st_size > LARGEST_CONFIG:
             raise UserError(f"{path}: is larger than any config")

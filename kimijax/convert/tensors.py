@@ -130,7 +130,7 @@ def open_directory(path: str | os.PathLike) -> TensorFiles:
         state = "is not a directory" if directory.exists() else "does not exist"
         raise refusal(directory, state, f"name a directory with {SINGLE} or {INDEX}")
     origin, mapped, files = _choose(directory)
-    paths = {file: _inside(directory, file) for file in files}
+    paths = {file: inside(directory, file) for file in files}
     infos: dict[str, TensorInfo] = {}
     for file, real in paths.items():
         for info in read_header(real):
@@ -186,10 +186,10 @@ def _fill(file: int, info: TensorInfo, data: np.ndarray) -> None:
 
 
 def _read_index(directory: Path) -> dict[str, str]:
-    """Tensor -> file name, as the index has it; each name is one that `_inside` takes."""
+    """Tensor -> file name, as the index has it; each name is one that `inside` takes."""
     path = directory / INDEX
     with reading(path):
-        real = _inside(directory, INDEX)
+        real = inside(directory, INDEX)
         if (size := real.stat().st_size) > MAX_HEADER:
             raise refusal(path, f"has {size} bytes, and an index has at most {MAX_HEADER}")
         mapped = json_object(path, real.read_bytes()).get("weight_map")
@@ -225,7 +225,7 @@ def _list_shards(directory: Path) -> list[str]:
     return files
 
 
-def _inside(directory: Path, name: str) -> Path:
+def inside(directory: Path, name: str) -> Path:
     """The regular file that a name in the directory stands for.
 
     It lies in the directory or, where that is a snapshot in the hub's cache, among its blobs.

@@ -8,6 +8,7 @@ import dataclasses
 import json
 import os
 import shutil
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from fcntl import LOCK_EX, LOCK_NB, flock
@@ -37,7 +38,7 @@ from kimijax.convert.store import (
     replace,
     writing,
 )
-from kimijax.convert.tensors import _inside
+from kimijax.convert.tensors import inside
 from kimijax.convert.write import make_directories, remove_directories
 from kimijax.errors import UserError
 from kimijax.model import parameter_shapes
@@ -126,7 +127,7 @@ def _write_all(
 
 def beside(directory: Path) -> list[tuple[str, Path]]:
     """(name, file) of what goes along with a model: its tokenizer and generation settings."""
-    return [(n, _inside(directory, n)) for n in BESIDE if (directory / n).is_file()]
+    return [(n, inside(directory, n)) for n in BESIDE if (directory / n).is_file()]
 
 
 def plan(source: Source, dtype: np.dtype | None) -> dict[str, Leaf]:
@@ -261,8 +262,8 @@ def _locked(partial: Path, out: Path) -> Iterator[None]:
                 f"{partial}: another conversion is writing to it; wait for it, or name another "
                 "directory"
             ) from error
-        except OSError:
-            pass  # a file system without locks
+        except OSError as error:  # a file system without locks
+            print(f"warning: {partial} cannot be locked: {error.strerror}", file=sys.stderr)
         # Another conversion may have come to its end between the check and the lock.
         if os.path.lexists(out):
             raise UserError(f"{out}: exists; name another directory or remove it")

@@ -64,10 +64,7 @@ class KDA(nn.Module):
     def _gates(self, x, tokens):
         """Log decay b t h k and write strength b t h, float32; padding leaves the state alone."""
         c, d = self.cfg, x.shape[-1]
-        inner = Proj((d, c.gate_rank), ("embed", "gate_rank"), name="f_down")("btd,dr->btr", x)
-        f = Proj(
-            (c.gate_rank, c.heads, c.head_dim), ("gate_rank", "heads", "head_dim"), name="f_up"
-        )("btr,rhk->bthk", inner)
+        f = self._low_rank("f", x)
         rate = weight(self, "A_log", (c.heads,), ("heads",), nn.initializers.zeros)
         shift = weight(
             self, "dt_bias", (c.heads, c.head_dim), ("heads", "head_dim"), nn.initializers.zeros
@@ -79,13 +76,19 @@ class KDA(nn.Module):
         beta = jnp.where(live[..., None], jax.nn.sigmoid(beta.astype(jnp.float32)), 0.0)
         return jnp.where(live[..., None, None], g, 0.0), beta
 
+    def _low_rank(self, name, x):
+        """b t d -> b t h k through gate_rank channels."""
+        c, rank = self.cfg, self.cfg.gate_rank
+        x = Proj((x.shape[-1], rank), ("embed", "gate_rank"), name=f"{name}_down")(
+            "btd,dr->btr", x
+        )
+        shape, axes = (rank, c.heads, c.head_dim), ("gate_rank", "heads", "head_dim")
+        return Proj(shape, axes, name=f"{name}_up")("btr,rhk->bthk", x)
+
     def _out(self, x, o):
         """Norm and gate of each head in float32, cast once, then the output projection."""
         c, d = self.cfg, x.shape[-1]
-        inner = Proj((d, c.gate_rank), ("embed", "gate_rank"), name="g_down")("btd,dr->btr", x)
-        gate = Proj(
-            (c.gate_rank, c.heads, c.head_dim), ("gate_rank", "heads", "head_dim"), name="g_up"
-        )("btr,rhk->bthk", inner)
+        gate = self._low_rank("g", x)
         norm = weight(self, "o_norm", (c.head_dim,), ("norm",), nn.initializers.ones)
         o = o * jax.lax.rsqrt(jnp.mean(o * o, -1, keepdims=True) + c.norm_eps)
         o = o * norm.astype(jnp.float32) * jax.nn.sigmoid(gate.astype(jnp.float32))
