@@ -8,6 +8,7 @@ written, so that questions share one long document.
 """
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -24,6 +25,7 @@ from kimijax.config import (
 )
 
 FAR = jnp.iinfo(jnp.int32).max
+LEAST_STRIPE = 64  # slots that lie together where a row is dealt over devices
 
 
 class Watch(NamedTuple):
@@ -35,7 +37,10 @@ class Watch(NamedTuple):
 
 @struct.dataclass
 class Tokens:
-    """What layers know of the tokens of a call besides hidden states. Array order = slot order."""
+    """What layers know of the tokens of a call besides hidden states.
+
+    Array order is slot order within each of `runs` equal pieces.
+    """
 
     pos: jax.Array  # b t
     seg: jax.Array  # b t   -1: padding
@@ -45,8 +50,11 @@ class Tokens:
     used: jax.Array  # b     slots filled by it
     fresh: jax.Array | None = None  # b t   true: the token chooses blocks for itself
     watch: Watch | None = None
+    previous: jax.Array | None = None  # b r   the run that ends where each run begins; -1: none
     # The call starts and ends at a multiple of `run`: query tiles are slices of the array.
     aligned: bool = struct.field(pytree_node=False, default=True)
+    # The row is so many equal pieces, each contiguous in slots (see ops.runs).
+    runs: int = struct.field(pytree_node=False, default=1)
 
 
 @struct.dataclass
@@ -61,11 +69,48 @@ class Cache:
     frozen: "Cache | None" = None
     lead: int = struct.field(pytree_node=False, default=0)
     run: int = struct.field(pytree_node=False, default=0)
+    # Slots are dealt to `ways` devices in stripes, and a device's slots lie together.
+    ways: int = struct.field(pytree_node=False, default=1)
+    stripe: int = struct.field(pytree_node=False, default=1)
 
     @property
     def capacity(self) -> int:
         """Slots of a row that can be filled."""
         return self.pos.shape[1] - self.lead - self.run
+
+    def index(self, slot: jax.Array) -> jax.Array:
+        """Where in the arrays a slot of the store lies (its lead included)."""
+        if self.ways == 1:
+            return slot
+        nth, within = slot // self.stripe, slot % self.stripe
+        owner = nth % self.ways
+        return owner * (self.pos.shape[1] // self.ways) + nth // self.ways * self.stripe + within
+
+    def slots(self, x: jax.Array, start: jax.Array, length: int) -> jax.Array:
+        """x[row, slot] for the slots start[row] .. start[row] + length: b length ..."""
+        if self.ways == 1:
+            return rows_slice(x, start, length)
+        row = jnp.arange(x.shape[0])[:, None]
+        return x[row, self.index(start[:, None] + jnp.arange(length))]
+
+
+class Rows(NamedTuple):
+    """How token rows of a large stacked state l b s ... are read and written."""
+
+    read: Callable[[jax.Array, jax.Array, jax.Array], jax.Array]  # (stack, layer, at b n) -> b n ..
+    write: Callable[[jax.Array, jax.Array, jax.Array, jax.Array], jax.Array]  # (.., at, x) -> stack
+
+
+def _read(stack: jax.Array, layer: jax.Array, at: jax.Array) -> jax.Array:
+    return stack[layer, jnp.arange(at.shape[0])[:, None], at]
+
+
+def _write(stack: jax.Array, layer: jax.Array, at: jax.Array, x: jax.Array) -> jax.Array:
+    row = jnp.arange(at.shape[0])[:, None]
+    return stack.at[layer, row, at].set(x.astype(stack.dtype), mode="drop")
+
+
+ROWS = Rows(_read, _write)  # of a state that lies on one device
 
 
 class Memory(NamedTuple):
@@ -75,6 +120,7 @@ class Memory(NamedTuple):
     state: dict[str, jax.Array]
     frozen: dict[str, jax.Array] | None  # its state in the frozen cache
     repeat: jax.Array  # int32: which slice of the stack is this layer's
+    rows: Rows = ROWS
 
     def get(self, name: str) -> jax.Array:
         """This layer's slice. For small states: a slice of a large one is a copy."""
@@ -89,6 +135,9 @@ class Memory(NamedTuple):
     def window(self, name: str, start: jax.Array, length: int) -> jax.Array:
         """Token rows [start, start + length) of a large state of this layer: b length ..."""
         stack = self.state[name]
+        if self.cache.ways > 1:
+            at = self.cache.index(start[:, None] + jnp.arange(length))
+            return self.rows.read(stack, self.repeat, at)
 
         def row(b, at):
             starts = (self.repeat, b, at, *(0,) * (stack.ndim - 3))
@@ -97,15 +146,18 @@ class Memory(NamedTuple):
         return jax.vmap(row)(jnp.arange(stack.shape[1]), start)
 
     def write(self, at: jax.Array, **new: jax.Array) -> "Memory":
-        """Token rows b t ... into slots `at` b t of this layer; places outside are dropped."""
-        row = jnp.arange(at.shape[0])[:, None]
+        """Token rows b t ... into places `at` b t of this layer; places outside are dropped.
+
+        Small states (positions, segments) lie on every device, large ones where `rows` has them.
+        """
         state = {
-            n: self.state[n]
-            .at[self.repeat, row, at]
-            .set(x.astype(self.state[n].dtype), mode="drop")
+            n: (self.rows.write if n in LARGE else _write)(self.state[n], self.repeat, at, x)
             for n, x in new.items()
         }
         return self._replace(state=self.state | state)
+
+
+LARGE = ("latent", "k_rope", "keys")  # states with numbers for every slot: dealt over devices
 
 
 def lead_slots(cfg: ModelConfig) -> int:
@@ -144,13 +196,18 @@ def tile_length(window: int) -> int:
 
 
 def empty_cache(
-    cfg: ModelConfig, rows: int, capacity: int, dtype: jnp.dtype = jnp.float32
+    cfg: ModelConfig, rows: int, capacity: int, dtype: jnp.dtype = jnp.float32, ways: int = 1
 ) -> Cache:
-    """An empty cache of `rows` rows with at least `capacity` slots each, rounded up to a run."""
+    """An empty cache of `rows` rows with at least `capacity` slots each, rounded up to a run.
+
+    ways  devices over which the slots of a row are dealt, in stripes of at least 64
+    """
     run = run_length(cfg)
-    capacity = -(-capacity // run) * run
+    stripe = -(-LEAST_STRIPE // run) * run
     lead = -(-lead_slots(cfg) // run) * run
-    size = lead + capacity + run  # the last run is never filled: `fork` copies a whole one
+    unit = run if ways == 1 else stripe * ways
+    # The last run is never filled: `fork` copies a whole one.
+    size = -(-(lead + capacity + run) // unit) * unit
     return Cache(
         pos=jnp.full((rows, size), FAR, jnp.int32),
         seg=jnp.full((rows, size), -1, jnp.int32),
@@ -162,6 +219,8 @@ def empty_cache(
         ),
         lead=lead,
         run=run,
+        ways=ways,
+        stripe=stripe,
     )
 
 
@@ -201,7 +260,7 @@ def rows_slice(x: jax.Array, start: jax.Array, length: int) -> jax.Array:
 def place(cache: Cache, tokens: Tokens) -> jax.Array:
     """Where in the store each token of a call goes, b t; padding goes outside."""
     at = tokens.count[:, None] + jnp.arange(tokens.pos.shape[1]) - cache.first[:, None] + cache.lead
-    return jnp.where(tokens.seg >= 0, at, cache.pos.shape[1])
+    return jnp.where(tokens.seg >= 0, cache.index(at), cache.pos.shape[1])
 
 
 def keep_last(past: jax.Array, new: jax.Array, used: jax.Array) -> jax.Array:

@@ -8,12 +8,13 @@ import jax
 import jax.numpy as jnp
 from flax.traverse_util import flatten_dict
 
-from kimijax.cache import FAR, Cache, Memory, Tokens, Watch, place, rows_slice, run_length
+from kimijax.cache import FAR, Cache, Memory, Tokens, Watch, lead_slots, place, run_length
 from kimijax.config import GroupConfig, ModelConfig
 from kimijax.errors import UserError
 from kimijax.layers.base import RMSNorm, fan_in
 from kimijax.layers.layer import Layer
 from kimijax.ops.attend import Ops, local
+from kimijax.ops.runs import previous_runs
 
 
 class Output(NamedTuple):
@@ -67,6 +68,7 @@ class Model(nn.Module):
         fresh: jax.Array | None = None,
         watch: Watch | None = None,
         aligned: bool | None = None,
+        runs: int | None = None,
     ) -> Output:
         """Read tokens b t, after those in the cache if there is one.
 
@@ -77,6 +79,8 @@ class Model(nn.Module):
         fresh  b t  tokens that choose blocks for themselves
         aligned     the call starts at a slot that is a multiple of `run_length` (as slot 0 is), so
                that queries can be tiled; None: without a cache yes, with one no
+        runs        the row is so many equal pieces, each contiguous in slots; without a cache they
+                    may be in any order, as pos and seg say. None: as the ops prefer
         """
         b, t = ids.shape
         count = jnp.zeros(b, jnp.int32) if cache is None else cache.count
@@ -91,9 +95,11 @@ class Model(nn.Module):
         if order is not None:
             given = _sorted(given, jnp.where(seg >= 0, order, t), t)
             watch = watch and watch._replace(at=jnp.take_along_axis(order, watch.at, 1))
+        runs = runs or self.ops.runs(t, run_length(self.cfg), lead_slots(self.cfg))
         tokens, cache = _tokens(given[1:], cache, count, watch, aligned and
-                                t % run_length(self.cfg) == 0)
-        x, cache, aux = self._layers(self.embed.astype(self.dtype)[given[0]], tokens, cache)
+                                t % run_length(self.cfg) == 0, runs)
+        x = self.ops.spread(self.embed.astype(self.dtype)[given[0]])
+        x, cache, aux = self._layers(x, tokens, cache)
         x = self.norm(x)
         if order is not None:
             x = jnp.take_along_axis(x, jnp.clip(order, 0, t - 1)[..., None], 1)
@@ -140,10 +146,11 @@ class Group(nn.Module):
         for i, layer in enumerate(self.cfg.layers):
             memory = None
             if bare is not None:
-                memory = Memory(bare, states[i], frozen and frozen[i], repeat)
+                memory = Memory(bare, states[i], frozen and frozen[i], repeat, self.ops.rows)
             x, memory, report = Layer(layer, self.eps, self.ops, name=f"layer_{i}")(
                 x, tokens, memory
             )
+            x = self.ops.spread(x)
             reports[f"layer_{i}"] = report
             new.append(memory and memory.state)
         return (x, repeat + 1, None if bare is None else tuple(new)), reports
@@ -159,13 +166,14 @@ def _sorted(given, order, t):
     )
 
 
-def _tokens(given, cache, count, watch, aligned) -> tuple[Tokens, Cache | None]:
+def _tokens(given, cache, count, watch, aligned, runs) -> tuple[Tokens, Cache | None]:
     """Tokens of the call, and the cache with their positions and segments written."""
     pos, seg, fresh = given
     b, t = pos.shape
     last = jnp.max(jnp.where(seg >= 0, jnp.arange(t) + 1, 0), 1)
     none = jnp.zeros((b, 0), jnp.int32)
-    tokens = Tokens(pos, seg, none, none, count, last, fresh, watch, aligned)
+    previous = None if runs == 1 else previous_runs(pos, seg, runs)
+    tokens = Tokens(pos, seg, none, none, count, last, fresh, watch, previous, aligned, runs)
     if cache is None:
         return tokens, None
     at, row = place(cache, tokens), jnp.arange(b)[:, None]
@@ -176,8 +184,8 @@ def _tokens(given, cache, count, watch, aligned) -> tuple[Tokens, Cache | None]:
     # Read after the write: reading the old arrays beside the new would keep both alive.
     start = count - cache.first
     tokens = tokens.replace(
-        past_pos=rows_slice(cache.pos, start, cache.lead),
-        past_seg=rows_slice(cache.seg, start, cache.lead),
+        past_pos=cache.slots(cache.pos, start, cache.lead),
+        past_seg=cache.slots(cache.seg, start, cache.lead),
     )
     return tokens, cache
 

@@ -10,10 +10,12 @@ from typing import NamedTuple
 import jax
 
 from kernels_pallas.attention import ref, xla
+from kernels_pallas.attention.xla import overlap as overlap
 from kernels_pallas.partial import Partial
 
 # b batch, t query, s key, g KV head, h query head, n key dim, p rotary dim, v value dim
 IMPLS = {"ref": ref.attention, "xla": xla.attention}
+GRADS = {"ref": ref.attention_grads, "xla": xla.attention_grads}
 
 
 class Queries(NamedTuple):
@@ -53,3 +55,27 @@ def attention(q: Queries, kv: Keys, *, scale: float, impl: str) -> Partial:
     if (q.rope is None) != (kv.rope is None):
         raise ValueError("attention: queries and keys must both have a rotary part, or neither")
     return IMPLS[impl](q, kv, scale=scale)
+
+
+def attention_grads(
+    q: Queries,
+    kv: Keys,
+    lse: jax.Array,
+    d_out: jax.Array,
+    delta: jax.Array,
+    *,
+    scale: float,
+    impl: str,
+) -> tuple[jax.Array, jax.Array | None, jax.Array, jax.Array, jax.Array | None]:
+    """Gradients of one set of keys within attention over many: (nope, rope, key, value, k_rope).
+
+    lse    b t h     over all keys, of which `kv` are some
+    d_out  b t h v   cotangent of the output over all keys
+    delta  b t h     sum(out * d_out) - d_lse
+
+    Summed over disjoint sets of keys they are the gradient of the whole: what a ring's backward
+    computes at each hop. float32, None without rotary part; ValueError for an unknown impl.
+    """
+    if impl not in GRADS:
+        raise ValueError(f"attention_grads: unknown {impl=}, there are {sorted(GRADS)}")
+    return GRADS[impl](q, kv, lse, d_out, delta, scale=scale)

@@ -52,8 +52,8 @@ def _untile(x, length):
     return x.reshape(x.shape[0], -1, *x.shape[3:])[:, :length]
 
 
-def _overlap(q, kv):
-    """Whether any query of the tile can see any key of the tile, from bounds alone."""
+def overlap(q, kv) -> jax.Array:
+    """Whether any query can see any key, from bounds alone; both need pos and seg, q since too."""
     q_live, k_live = q.seg >= 0, (kv.seg >= 0) & (kv.pos < FAR)
     past = jnp.where(k_live, kv.pos, FAR).min() <= jnp.where(q_live, q.pos, -1).max()
     near = jnp.where(k_live, kv.pos, -1).max() >= jnp.where(q_live, q.since, FAR).min()
@@ -94,7 +94,7 @@ def _forward(q, kv, scale) -> Partial:
         def step(acc, k_tile):
             k_tile = k_tile._replace(seg=k_tile.seg - 1)
             use = lambda: merge(acc, _pair(q_tile, k_tile, scale))  # noqa: E731
-            return jax.lax.cond(_overlap(q_tile, k_tile), use, lambda: acc), None
+            return jax.lax.cond(overlap(q_tile, k_tile), use, lambda: acc), None
 
         start = empty((b, q_tile.pos.shape[1], h), kv.value.shape[-1])
         return jax.lax.scan(step, start, k_tiles)[0]
@@ -141,11 +141,7 @@ def _bwd(scale, residuals, cotangent):
     # An empty row's lse is -inf whatever the inputs: its cotangent must not come in as NaN or inf.
     d_lse = jnp.where(jnp.isneginf(lse), 0.0, d_lse)
     delta = jnp.sum(out * d_out, -1) - d_lse
-    t, s = q.pos.shape[1], kv.pos.shape[1]
-    if t <= TILE_Q and s <= TILE_K:
-        grads = _pair_bwd(q, kv, lse, d_out, delta, scale)
-    else:
-        grads = _blockwise_bwd(q, kv, lse, d_out, delta, scale)
+    grads = attention_grads(q, kv, lse, d_out, delta, scale=scale)
     d_nope, d_rope, d_key, d_value, d_k_rope = grads
     cast = lambda x, like: None if like is None else x.astype(like.dtype)  # noqa: E731
     # None: positions and segments are integers, they have no gradient.
@@ -156,6 +152,13 @@ def _bwd(scale, residuals, cotangent):
         **no_data,
     )
     return d_q, d_kv
+
+
+def attention_grads(q, kv, lse, d_out, delta, *, scale: float):
+    """The op's xla form. See the package docstring for the contract."""
+    t, s = q.pos.shape[1], kv.pos.shape[1]
+    whole = t <= TILE_Q and s <= TILE_K
+    return (_pair_bwd if whole else _blockwise_bwd)(q, kv, lse, d_out, delta, scale)
 
 
 def _blockwise_bwd(q, kv, lse, d_out, delta, scale):
@@ -178,7 +181,7 @@ def _blockwise_bwd(q, kv, lse, d_out, delta, scale):
                 return jax.tree.map(jnp.add, (d_q_tile, d_kv), (d[:2], d[2:]))
 
             d_q_new, d_kv = jax.lax.cond(
-                _overlap(q_tile, k_tile), use, lambda: (d_q_tile, d_kv)
+                overlap(q_tile, k_tile), use, lambda: (d_q_tile, d_kv)
             )
             return d_kv, d_q_new
 

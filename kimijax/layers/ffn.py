@@ -37,16 +37,15 @@ class MoE(nn.Module):
 
     @nn.compact
     def __call__(self, x, tokens: Tokens):
-        c, (b, t, d) = self.cfg, x.shape
-        flat = x.reshape(b * t, d)
-        ids, w = self._route(flat)
+        c, d = self.cfg, x.shape[-1]
+        ids, w = self._route(x)
         gate, up = (self._experts(n, (d, c.width), ("embed", "ffn")) for n in ("gate", "up"))
         down = self._experts("down", (c.width, d), ("ffn", "embed"))
-        routed = self.ops.experts(flat, ids, w, gate, up, down).reshape(b, t, d)
+        routed = self.ops.experts(x, ids, w, gate, up, down)
         shared, _ = SwiGLU(SwiGLUConfig(width=c.shared_width), self.ops, name="shared")(x, tokens)
         return routed + shared, {
-            "load": _load(ids, tokens.seg.reshape(-1) >= 0, c.experts),
-            "experts": ids.reshape(b, t, -1),
+            "load": _load(ids, tokens.seg >= 0, c.experts),
+            "experts": ids,
         }
 
     def _experts(self, name: str, shape: tuple[int, int], axes: tuple[str, str]) -> Experts:
@@ -76,13 +75,13 @@ class MoE(nn.Module):
         ))
 
     def _route(self, x):
-        """Expert ids and weights, n k, in float32."""
+        """Expert ids and weights, b t k, in float32."""
         c = self.cfg
         axes = ("embed", "expert")
         w_router = weight(self, "router", (x.shape[-1], c.experts), axes, fan_in(x.shape[-1]))
         bias = weight(self, "bias", (c.experts,), ("expert",), nn.initializers.zeros)
         logits = jnp.einsum(
-            "nd,de->ne", x.astype(jnp.float32), w_router, precision=jax.lax.Precision.HIGHEST
+            "btd,de->bte", x.astype(jnp.float32), w_router, precision=jax.lax.Precision.HIGHEST
         )
         scores = jax.nn.sigmoid(logits)
         biased = _allowed(c, scores + jax.lax.stop_gradient(bias))
@@ -94,17 +93,17 @@ class MoE(nn.Module):
 
 
 def _allowed(c: MoEConfig, biased: jax.Array) -> jax.Array:
-    """Biased scores n e, -inf outside the best `top_groups` groups (DeepSeek-V3, eq. 16)."""
+    """Biased scores ... e, -inf outside the best `top_groups` groups (DeepSeek-V3, eq. 16)."""
     if c.groups == 1:
         return biased
-    groups = biased.reshape(-1, c.groups, c.experts // c.groups)
+    groups = biased.reshape(*biased.shape[:-1], c.groups, c.experts // c.groups)
     best = jax.lax.top_k(groups, 2)[0].sum(-1)
     _, kept = jax.lax.top_k(best, c.top_groups)
-    keep = jnp.zeros(best.shape, bool).at[jnp.arange(best.shape[0])[:, None], kept].set(True)
+    keep = (kept[..., None] == jnp.arange(c.groups)).any(-2)
     return jnp.where(keep[..., None], groups, -jnp.inf).reshape(biased.shape)
 
 
 def _load(ids, live, experts):
-    """Share of each expert in the choices n k of the tokens that are not padding."""
-    counts = jnp.zeros(experts, jnp.float32).at[ids].add(live[:, None].astype(jnp.float32))
+    """Share of each expert in the choices b t k of the tokens that are not padding."""
+    counts = jnp.zeros(experts, jnp.float32).at[ids].add(live[..., None].astype(jnp.float32))
     return counts / jnp.maximum(counts.sum(), 1.0)

@@ -16,6 +16,7 @@ from kimijax.cache import Memory, Tokens
 from kimijax.config import KDAConfig
 from kimijax.layers.base import Proj, fan_in, weight
 from kimijax.ops.attend import Ops
+from kimijax.ops.delta import delta_rule
 from kimijax.ops.norm import unit
 from kimijax.ops.runs import begins, shifts
 
@@ -35,7 +36,7 @@ class KDA(nn.Module):
             state = jnp.zeros((b, c.heads, c.head_dim, c.head_dim), jnp.float32)
         else:
             state = memory.get("delta")
-        o, state = self.ops.kda(q, k, v, g, beta, state, begins(tokens))
+        o, state = delta_rule(self.ops, q, k, v, g, beta, state, begins(tokens), tokens)
         if memory is not None:
             memory = memory.put(delta=state)
         return self._out(x, o), memory, {}

@@ -11,7 +11,7 @@ from kimijax.config import WindowConfig
 from kimijax.layers.base import Proj, weight
 from kimijax.ops.attend import Ops
 from kimijax.ops.rope import cos_sin, rotate
-from kimijax.ops.runs import tile, tile_with_halo
+from kimijax.ops.runs import tiles, tiles_with_halo
 
 
 class Window(nn.Module):
@@ -54,13 +54,12 @@ class Window(nn.Module):
         queries = Queries(q, None, tokens.pos, tokens.seg, since)
         keys = Keys(key, value, None, tokens.pos, tokens.seg)
         length = tile_length(c.window)
-        if tokens.aligned and t % length == 0:
-            queries = jax.tree.map(lambda a: tile(a, length), queries)
-            keys = jax.tree.map(lambda a, h: tile_with_halo(h, a, length, c.window), keys, past)
-        else:
-            keys = jax.tree.map(lambda a, h: jnp.concatenate([h, a], 1), keys, past)
-        p = self.ops.attention(queries, keys, scale=c.head_dim**-0.5)
-        return jax.tree.map(lambda a: a.reshape(b, t, *a.shape[2:]), p)
+        if not tokens.aligned or t // tokens.runs % length:
+            length = t // tokens.runs
+        queries = jax.tree.map(lambda a: tiles(a, tokens, length), queries)
+        keys = jax.tree.map(lambda a, h: tiles_with_halo(a, h, tokens, length), keys, past)
+        p = self.ops.tiled(queries, keys, scale=c.head_dim**-0.5)
+        return jax.tree.map(lambda a: a.reshape(b, t, *a.shape[4:]), p)
 
 
 def _past(key, value, tokens, memory, n) -> Keys:

@@ -14,6 +14,8 @@ from kernels_pallas.indexer import top_blocks
 from kernels_pallas.kda import kda
 from kernels_pallas.partial import Partial
 from kernels_pallas.select import select
+from kimijax.cache import ROWS, Rows
+from kimijax.ops.delta import delta_runs
 from kimijax.ops.moe import ragged_experts, tiled_experts
 
 
@@ -45,15 +47,21 @@ def attend(
     if form is None:
         form = _cheaper(q, kv, w_uk.shape, w_uv.shape[-1])
     if form == "expanded":
-        key = jnp.einsum("bsr,rhn->bshn", kv.latent, w_uk)
-        value = jnp.einsum("bsr,rhv->bshv", kv.latent, w_uv)
-        return attention(q, Keys(key, value, kv.k_rope, kv.pos, kv.seg), scale=scale, impl=impl)
+        return attention(q, project(kv, (w_uk, w_uv)), scale=scale, impl=impl)
     if form != "absorbed":
         raise ValueError(f"attend: unknown {form=}, there are 'expanded' and 'absorbed'")
     absorbed = q._replace(nope=absorb(q.nope, w_uk))
     one = kv.latent[:, :, None]
     p = attention(absorbed, Keys(one, one, kv.k_rope, kv.pos, kv.seg), scale=scale, impl=impl)
     return p._replace(out=values(p.out, w_uv))
+
+
+def project(kv: Latents, up: tuple[jax.Array, jax.Array]) -> Keys:
+    """The key and value of every head, in the dtype of the latents."""
+    w_uk, w_uv = (w.astype(kv.latent.dtype) for w in up)
+    key = jnp.einsum("bsr,rhn->bshn", kv.latent, w_uk)
+    value = jnp.einsum("bsr,rhv->bshv", kv.latent, w_uv)
+    return Keys(key, value, kv.k_rope, kv.pos, kv.seg)
 
 
 def absorb(q: jax.Array, w_uk: jax.Array) -> jax.Array:
@@ -74,6 +82,14 @@ def _cheaper(q: Queries, kv: Latents, uk_shape: tuple[int, ...], v: int) -> str:
     return "expanded" if expanded < absorbed else "absorbed"
 
 
+def tiled(q: Queries, kv: Keys, *, scale: float, impl: str) -> Partial:
+    """Attention of each tile of queries to its own keys; arrays are b r m ... (see ops.runs)."""
+    lead = q.pos.shape[:3]
+    flat = lambda a: a.reshape(-1, *a.shape[3:])  # noqa: E731
+    p = attention(*jax.tree.map(flat, (q, kv)), scale=scale, impl=impl)
+    return jax.tree.map(lambda a: a.reshape(*lead, *a.shape[1:]), p)
+
+
 EXPERTS = {"tiled": tiled_experts, "ragged": ragged_experts}
 
 
@@ -81,13 +97,18 @@ EXPERTS = {"tiled": tiled_experts, "ragged": ragged_experts}
 class Ops:
     """The operations a model calls, bound to an implementation. Same signatures for any plan."""
 
-    attend: Callable[..., Partial]
-    attention: Callable[..., Partial]
+    attend: Callable[..., Partial]  # to the latents of the call
+    recall: Callable[..., Partial]  # to the latents of a cache, chunk included
+    tiled: Callable[..., Partial]
     select: Callable[..., Partial]
     top_blocks: Callable[..., tuple[jax.Array, jax.Array]]
+    delta: Callable[..., tuple[jax.Array, jax.Array]]  # the delta rule over runs, from zero
     kda: Callable[..., tuple[jax.Array, jax.Array]]
     experts: Callable[..., jax.Array]
+    rows: Rows = ROWS
     exact: bool = False  # compressed layers read all of the past instead of chosen blocks
+    spread: Callable[[jax.Array], jax.Array] = lambda x: x  # activations b t ... to their place
+    runs: Callable[[int, int, int], int] = lambda t, run, least: 1  # pieces of a row of t tokens
 
 
 @functools.cache
@@ -98,9 +119,11 @@ def local(impl: str = "xla", exact: bool = False, experts: str = "tiled") -> Ops
     """
     return Ops(
         attend=partial(attend, impl=impl),
-        attention=partial(attention, impl=impl),
+        recall=partial(attend, impl=impl),
+        tiled=partial(tiled, impl=impl),
         select=partial(select, impl=impl),
         top_blocks=partial(top_blocks, impl=impl),
+        delta=partial(delta_runs, impl=impl),
         kda=partial(kda, impl=impl),
         experts=EXPERTS[experts],
         exact=exact,

@@ -11,11 +11,11 @@ import jax.numpy as jnp
 
 from kernels_pallas.attention import Keys, Queries
 from kernels_pallas.partial import Partial, empty, merge
-from kimijax.cache import FAR, Memory, Tokens, place, rows_slice
+from kimijax.cache import FAR, Memory, Tokens, place
 from kimijax.config import CompressedConfig
 from kimijax.ops.attend import Latents, Ops
 from kimijax.ops.norm import rms
-from kimijax.ops.runs import tile, tile_with_halo
+from kimijax.ops.runs import tiles, tiles_with_halo
 
 
 class IndexWeights(NamedTuple):
@@ -93,10 +93,10 @@ def stores_of(
     start = jnp.minimum(here, size // block - touched)
     latent = memory.window("latent", start * block, touched * block)
     latent = latent.reshape(latent.shape[0], touched, block, -1)
-    pos, seg = (rows_slice(x, start * block, touched * block) for x in (cache.pos, cache.seg))
+    pos, seg = (cache.slots(x, start * block, touched * block) for x in (cache.pos, cache.seg))
     new_pos, new_seg = block_table(pos, seg, block)
     at = start[:, None] + jnp.arange(touched)
-    at = jnp.where(at >= here[:, None], at, size)
+    at = jnp.where(at >= here[:, None], cache.index(at * block) // block, size)
     memory = memory.write(
         at, keys=summary_keys(latent, w), block_pos=new_pos, block_seg=new_seg
     )
@@ -129,17 +129,14 @@ def choose(
     """
     group, t = c.index.group, tokens.pos.shape[1]
 
-    def search(at):
-        """Choices of the tokens at places b m of the call."""
-        cut = lambda a: jnp.take_along_axis(a, at, 1)  # noqa: E731
-        q = index_query(jnp.take_along_axis(x, at[..., None], 1), w)
-        return _search(c, ops, q, local_start(cut(tokens.pos), c), cut(tokens.seg), stores)
+    def search(x, pos, seg):
+        """Choices of some tokens of the call: x b m d, pos and seg b m."""
+        return _search(c, ops, index_query(x, w), local_start(pos, c), seg, stores)
 
-    rows = tokens.pos.shape[0]
-    places = lambda a: jnp.broadcast_to(a, (rows, a.shape[-1]))  # noqa: E731
+    everyone = (x, tokens.pos, tokens.seg)
     last = jnp.maximum(tokens.used - 1, 0)[:, None, None]
     if tokens.aligned and tokens.fresh is None and t % group == 0:
-        ids = search(places(jnp.arange(0, t, group)))
+        ids = search(*(a.reshape(a.shape[0], -1, group, *a.shape[2:])[:, :, 0] for a in everyone))
         last = last // group
         open_choice = jnp.take_along_axis(ids, last, 1)[:, 0]
     else:
@@ -147,13 +144,15 @@ def choose(
         behind = (tokens.count[:, None] + jnp.arange(t)) % group
         leader = jnp.arange(t) - behind
         if tokens.fresh is not None:
-            own = search(places(jnp.arange(t)))
+            own = search(*everyone)
             ids = jnp.take_along_axis(own, jnp.maximum(leader, 0)[..., None], 1)
         else:
             first = (-tokens.count % group)[:, None]
             leaders = jnp.minimum(first + jnp.arange(t // group + 1) * group, t - 1)
             nth = jnp.maximum(leader - first, 0) // group
-            ids = jnp.take_along_axis(search(leaders), nth[..., None], 1)
+            row = jnp.arange(leaders.shape[0])[:, None]
+            found = search(*(a[row, leaders] for a in everyone))
+            ids = jnp.take_along_axis(found, nth[..., None], 1)
         held = jnp.full_like(ids[:, 0], -1) if memory is None else memory.get("choice")
         ids = jnp.where((leader >= 0)[..., None], ids, held[:, None])
         ids = jnp.where(_same_document(tokens, leader)[..., None], ids, -1)
@@ -250,11 +249,9 @@ def attend_local(
             jnp.full((b, c.window), -1, jnp.int32), jnp.full((b, c.window), -1, jnp.int32),
         )
     queries = Queries(q, None, tokens.pos, tokens.seg, local_start(tokens.pos, c))
-    if tokens.aligned and t % group == 0:
-        queries = jax.tree.map(lambda a: tile(a, group), queries)
-        kv = jax.tree.map(lambda a, h: tile_with_halo(h, a, group, c.window), kv, lead)
-    else:
-        kv = jax.tree.map(lambda a, h: jnp.concatenate([h.astype(a.dtype), a], 1), kv, lead)
-    one = kv.latent[:, :, None]
-    p = ops.attention(queries, Keys(one, one, None, kv.pos, kv.seg), scale=c.scale)
-    return jax.tree.map(lambda a: a.reshape(b, t, *a.shape[2:]), p)
+    length = group if tokens.aligned and t // tokens.runs % group == 0 else t // tokens.runs
+    queries = jax.tree.map(lambda a: tiles(a, tokens, length), queries)
+    kv = jax.tree.map(lambda a, h: tiles_with_halo(a, h, tokens, length), kv, lead)
+    one = kv.latent[..., None, :]
+    p = ops.tiled(queries, Keys(one, one, None, kv.pos, kv.seg), scale=c.scale)
+    return jax.tree.map(lambda a: a.reshape(b, t, *a.shape[4:]), p)

@@ -18,7 +18,7 @@ UNROLLED = 64  # tiles of a row each that are written out and not looped over
 class Dispatch(NamedTuple):
     """Where each (token, choice) went."""
 
-    slot: jax.Array  # n k   row in the tiled buffer
+    slot: jax.Array  # n k   row in the tiled buffer; behind its end where the choice goes nowhere
     source: jax.Array  # tiles*tile   token of each row; n where the row is padding
     expert: jax.Array  # tiles   expert of a tile
     live: jax.Array  # tiles   the tile has rows
@@ -34,18 +34,21 @@ def tile_rows(rows: int, experts: int) -> int:
 
 
 def dispatch(ids: jax.Array, experts: int, tile: int) -> Dispatch:
-    """Plan the tiles for expert choices `ids` n k."""
+    """Plan the tiles for expert choices `ids` n k; others than 0 .. experts-1 go nowhere."""
     n, k = ids.shape
     flat = ids.reshape(-1)
+    mine = (flat >= 0) & (flat < experts)
+    flat = jnp.where(mine, flat, experts)
     tiles = (n * k + min(experts, n * k) * (tile - 1)) // tile  # what the worst load needs
     order = jnp.argsort(flat, stable=True)
-    counts = jnp.zeros(experts, jnp.int32).at[flat].add(1)
+    counts = jnp.zeros(experts, jnp.int32).at[flat].add(1, mode="drop")
     padded = -(-counts // tile) * tile
     ends = jnp.cumsum(padded)
     shift = (ends - padded) - (jnp.cumsum(counts) - counts)  # buffer row minus sorted rank
-    slot_sorted = jnp.arange(n * k) + shift[flat[order]]
+    slot_sorted = jnp.arange(n * k) + shift[jnp.minimum(flat[order], experts - 1)]
+    slot_sorted = jnp.where(mine[order], slot_sorted, tiles * tile)
     slot = jnp.zeros(n * k, jnp.int32).at[order].set(slot_sorted.astype(jnp.int32))
-    source = jnp.full(tiles * tile, n, jnp.int32).at[slot_sorted].set(order // k)
+    source = jnp.full(tiles * tile, n, jnp.int32).at[slot_sorted].set(order // k, mode="drop")
     starts = jnp.arange(tiles) * tile
     expert = jnp.minimum(jnp.searchsorted(ends, starts, side="right"), experts - 1)
     return Dispatch(slot.reshape(n, k), source, expert, starts < ends[-1])
@@ -87,12 +90,14 @@ def matrix(experts: Experts, expert: jax.Array, dtype: jnp.dtype) -> jax.Array:
 def tiled_experts(
     x: jax.Array, ids: jax.Array, weight: jax.Array, gate: Experts, up: Experts, down: Experts
 ) -> jax.Array:
-    """Weighted SwiGLU experts of each token, by tiles: x n d, ids and weight n k -> n d.
+    """Weighted SwiGLU experts of each token, by tiles: x b t d, ids and weight b t k -> b t d.
 
-    gate and up are e d f, down e f d; packed ones are expanded an expert at a time.
+    gate and up are e d f, down e f d; packed ones are expanded an expert at a time. Ids outside
+    0 .. e-1 add nothing.
     """
+    flat, ids, weight = (a.reshape(-1, a.shape[-1]) for a in (x, ids, weight))
     plan = dispatch(ids, _count(gate), tile_rows(ids.size, _count(gate)))
-    return combine(expert_mlp(x, plan, gate, up, down), plan, weight)
+    return combine(expert_mlp(flat, plan, gate, up, down), plan, weight).reshape(x.shape)
 
 
 def ragged_experts(
@@ -102,15 +107,20 @@ def ragged_experts(
 
     Elsewhere every expert is computed for every row. Packed experts are expanded all at once.
     """
-    n, k = ids.shape
-    order = jnp.argsort(ids.reshape(-1), stable=True)
-    sizes = jnp.zeros(_count(gate), jnp.int32).at[ids.reshape(-1)].add(1)
-    rows = x[order // k]
+    flat, k, experts = x.reshape(-1, x.shape[-1]), ids.shape[-1], _count(gate)
+    n, ids = flat.shape[0], ids.reshape(-1)
+    mine = (ids >= 0) & (ids < experts)
+    ids = jnp.where(mine, ids, experts)
+    order = jnp.argsort(ids, stable=True)
+    sizes = jnp.zeros(experts, jnp.int32).at[ids].add(1, mode="drop")
+    rows = flat[order // k]
     gate, up, down = (_expanded(w, x.dtype) for w in (gate, up, down))
     h = jax.nn.silu(jax.lax.ragged_dot(rows, gate, sizes)) * jax.lax.ragged_dot(rows, up, sizes)
     out = jax.lax.ragged_dot(h, down, sizes)
     back = jnp.zeros(n * k, jnp.int32).at[order].set(jnp.arange(n * k, dtype=jnp.int32))
-    return jnp.einsum("nkd,nk->nd", out[back].reshape(n, k, -1), weight.astype(out.dtype))
+    out = jnp.where(mine[:, None], out[back], 0).reshape(n, k, -1)
+    weight = weight.reshape(n, k).astype(out.dtype)
+    return jnp.einsum("nkd,nk->nd", out, weight).reshape(x.shape)
 
 
 def _count(experts: Experts) -> int:
@@ -156,4 +166,5 @@ def expert_mlp(
 
 def combine(rows: jax.Array, plan: Dispatch, weight: jax.Array) -> jax.Array:
     """Weighted sum of each token's expert outputs: weight n k -> n d."""
-    return jnp.einsum("nkd,nk->nd", rows[plan.slot], weight.astype(rows.dtype))
+    chosen = rows.at[plan.slot].get(mode="fill", fill_value=0)
+    return jnp.einsum("nkd,nk->nd", chosen, weight.astype(rows.dtype))
