@@ -1,0 +1,165 @@
+"""Where a model runs: all that its maths does not need to know.
+
+    plan = Plan(make_mesh({"seq": 8}), order="zigzag")
+    model = Model(cfg, plan.ops())
+    params = jax.device_put(params, plan.shardings(cfg))
+    call, order = plan.arrange(cfg, ids)           # padded, permuted
+    hidden = order.restore(jax.jit(model.apply, static_argnames="runs")(params, **call).hidden)
+"""
+
+import functools
+from dataclasses import dataclass
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from kernels_pallas.kda import kda
+from kimijax.cache import FAR, LARGE, Cache, lead_slots, run_length
+from kimijax.config import ModelConfig
+from kimijax.errors import UserError
+from kimijax.model import Model, abstract_params
+from kimijax.ops.attend import EXPERTS, Ops, local, tiled
+from kimijax.ops.delta import delta_runs
+from kimijax.parallel import blocks, experts, rules
+from kimijax.parallel.attend import STRATEGIES, Axes, check, sharded
+from kimijax.parallel.order import ORDERS, Order, make_order
+from kimijax.parallel.sources import LATENTS
+from kimijax.parallel.store import dealt_rows, recall
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A mesh, the table of weights, and how a sequence lies and meets itself on it."""
+
+    mesh: Mesh
+    order: str = "contiguous"  # of the tokens of a row: or zigzag, striped
+    strategy: str = "ring"  # of attention without a cache: or gather, ulysses
+    train: bool = False  # weights are dealt over data and seq as well
+    impl: str = "xla"
+    experts: str = "tiled"  # or ragged, for a TPU
+    exact: bool = False
+
+    def __post_init__(self):
+        for what, value, known in (
+            ("order", self.order, ORDERS), ("strategy", self.strategy, STRATEGIES),
+            ("experts", self.experts, tuple(EXPERTS)),
+        ):
+            if value not in known:
+                raise UserError(f"{what} {value!r:.40}: there are {', '.join(known)}")
+
+    @property
+    def axes(self) -> Axes:
+        """What lies on which mesh axes."""
+        return Axes(self.mesh)
+
+    @property
+    def ways(self) -> int:
+        """Devices over which the tokens of a row, or the slots of its cache, lie."""
+        return self.axes.ways
+
+    def ops(self) -> Ops:
+        """The operations to hand to a model. The same plan gives the same object."""
+        return _ops(self)
+
+    def shardings(self, cfg: ModelConfig):
+        """Of every parameter, as a tree like the parameters."""
+        boxed = abstract_params(Model(cfg, local()))
+        return rules.shardings(boxed, self.mesh, rules.TRAIN if self.train else rules.SERVE)
+
+    def cache_shardings(self, cache: Cache):
+        """Of a cache (or its shapes) with `ways` of this plan: large states dealt by slot."""
+
+        def one(path, leaf):
+            name = getattr(path[-1], "key", None)
+            rows, _ = self.axes.place((leaf.shape[1] if name else leaf.shape[0], 1))
+            dealt = self.axes.tokens if name in LARGE else None
+            return NamedSharding(self.mesh, P(None, rows, dealt) if name else P(rows))
+
+        return jax.tree_util.tree_map_with_path(one, cache)
+
+    def arrange(
+        self, cfg: ModelConfig, ids: np.ndarray, pos: np.ndarray | None = None,
+        seg: np.ndarray | None = None,
+    ) -> tuple[dict, "Arranged"]:
+        """Arguments of Model.__call__ for rows b t without a cache, padded and in this order.
+
+        Returns them and what brings arrays b t' ... of the model back to the order given.
+        """
+        b, t = ids.shape
+        rows = self.mesh.shape["data"]
+        if b % rows:
+            raise UserError(f"{b} rows are no multiple of the mesh axis data = {rows}; add rows")
+        order = make_order(self.order, t, self.ways, run_length(cfg), lead_slots(cfg))
+        pos = np.broadcast_to(np.arange(t, dtype=np.int32), (b, t)) if pos is None else pos
+        seg = np.zeros((b, t), np.int32) if seg is None else seg
+        pad = ((0, 0), (0, order.length - t))
+        moved = {
+            name: np.pad(x, pad, constant_values=fill)[:, order.places]
+            for name, x, fill in (("ids", ids, 0), ("pos", pos, FAR), ("seg", seg, -1))
+        }
+        return {**moved, "runs": order.runs}, Arranged(order, t)
+
+
+@dataclass(frozen=True)
+class Arranged:
+    """How rows were arranged."""
+
+    order: Order
+    tokens: int
+
+    def restore(self, x: jax.Array) -> jax.Array:
+        """b t' ... of the arranged rows -> b t ... in the order given, padding left out."""
+        back = np.argsort(self.order.places)[: self.tokens]
+        return jnp.take(x, back, axis=1)
+
+
+@functools.lru_cache(maxsize=32)
+def _ops(plan: Plan) -> Ops:
+    axes, impl = plan.axes, plan.impl
+
+    def attend(q, kv, up, *, scale):
+        check(axes, plan.strategy, q.nope.shape[2], q.nope.shape[1])
+        return sharded(axes, plan.strategy, LATENTS, impl, scale)(q, kv, up)
+
+    def spread(x):
+        where = NamedSharding(plan.mesh, P(*axes.place(x.shape[:2])))
+        return jax.lax.with_sharding_constraint(x, where)
+
+    def runs(t, run, least):
+        length = t // plan.ways
+        return plan.ways if t % plan.ways == 0 and length % run == 0 and length >= least else 1
+
+    return Ops(
+        attend=attend,
+        recall=partial(recall, axes, impl),
+        tiled=lambda *args, scale: _apart(axes, partial(tiled, scale=scale, impl=impl))(*args),
+        select=partial(blocks.select, axes, impl),
+        top_blocks=partial(blocks.top_blocks, axes, impl),
+        delta=_apart(axes, partial(delta_runs, impl=impl)),
+        kda=_apart(axes, partial(kda, impl=impl), dealt=False),
+        experts=partial(experts.experts, axes, EXPERTS[plan.experts]),
+        rows=dealt_rows(axes),
+        exact=plan.exact,
+        spread=spread,
+        runs=runs,
+    )
+
+
+def _apart(axes: Axes, f, dealt: bool = True):
+    """f over arrays b r ..., of which every device computes its own rows and runs.
+
+    dealt  the second dim is dealt too; if not, only rows are
+    """
+
+    def call(*args):
+        rows, runs = axes.place(jax.tree.leaves(args)[0].shape[:2])
+        spec = P(rows, runs) if dealt else P(rows)
+        return jax.shard_map(
+            f, mesh=axes.mesh, in_specs=spec, out_specs=spec, check_vma=False
+        )(*args)
+
+    return call

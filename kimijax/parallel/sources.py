@@ -1,0 +1,40 @@
+"""What travels in attention: latents (MLA), or keys and values (grouped and multi-head)."""
+
+import jax
+from jax.sharding import PartitionSpec as P
+
+from kernels_pallas.attention import Keys
+from kimijax.errors import UserError
+from kimijax.ops.attend import Latents, project
+from kimijax.parallel.attend import Axes, Source
+
+
+def _latents_of(kv: Latents, up, first, count: int, heads: int):
+    """All latents; the projections of some heads."""
+    del heads
+    cut = lambda w: jax.lax.dynamic_slice_in_dim(w, first, count, 1)  # noqa: E731
+    return kv, jax.tree.map(cut, up)
+
+
+def _latent_specs(axes: Axes, kv: Latents, up):
+    return jax.tree.map(lambda _: axes.keys(), kv), jax.tree.map(lambda _: P(None, axes.heads), up)
+
+
+def _heads_of(kv: Keys, up, first, count: int, heads: int):
+    """The key and value heads that some query heads read."""
+    groups = kv.key.shape[2]
+    share = max(1, count * groups // heads)
+    if count % share or (count < heads // groups and heads // groups % count):
+        raise UserError(f"{groups} key heads cannot be dealt out with {count} of {heads} heads")
+    at = first * groups // heads
+    cut = lambda x: jax.lax.dynamic_slice_in_dim(x, at, share, 2)  # noqa: E731
+    return kv._replace(key=cut(kv.key), value=cut(kv.value)), up
+
+
+def _head_specs(axes: Axes, kv: Keys, up):
+    spec = Keys(axes.queries(), axes.queries(), axes.keys(), axes.keys(), axes.keys())
+    return spec._replace(rope=None if kv.rope is None else spec.rope), up
+
+
+LATENTS = Source(project, _latents_of, _latent_specs)
+HEADS = Source(lambda kv, up: kv, _heads_of, _head_specs)
