@@ -12,10 +12,10 @@ Rules = dict[str, tuple[str, ...]]
 
 WHOLE = (  # dims that every device holds whole
     "q_rank", "latent", "head_dim", "norm", "layers", "tap", "gate_rank", "index", "index_keys",
-    "block", "input_block",
+    "block", "input_block", "kv_heads",  # few: they need not divide the axis of heads
 )
 _COMMON: Rules = {
-    "heads": ("tensor",), "kv_heads": ("tensor",), "ffn": ("tensor",), "vocab": ("tensor",),
+    "heads": ("tensor",), "ffn": ("tensor",), "vocab": ("tensor",),
     "expert": ("expert",), **dict.fromkeys(WHOLE, ()),
 }
 TRAIN: Rules = _COMMON | {"embed": ("data", "seq")}  # weights and optimizer state are dealt out
@@ -53,6 +53,7 @@ def shardings(boxed, mesh: Mesh, rules: Rules):
         shape = leaf.value.shape if isinstance(leaf, nn.Partitioned) else leaf.shape
         found = spec(names, mesh, rules, what)
         for name, size, axes in zip(names, shape, found, strict=False):
+            axes = (axes,) if isinstance(axes, str) else axes
             if axes and size % (ways := math.prod(mesh.shape[a] for a in axes)):
                 raise UserError(
                     f"{what}: its dim {name!r} of {size} is no multiple of {' x '.join(axes)} = "
