@@ -19,10 +19,10 @@ class SwiGLU(nn.Module):
 
     @nn.compact
     def __call__(self, x, tokens: Tokens):
-        d, f = x.shape[-1], self.cfg.width
-        gate = Proj((d, f), ("embed", "ffn"), name="gate")("btd,df->btf", x)
-        up = Proj((d, f), ("embed", "ffn"), name="up")("btd,df->btf", x)
-        down = Proj((f, d), ("ffn", "embed"), name="down")
+        d, f, form = x.shape[-1], self.cfg.width, self.cfg.weights
+        gate = Proj((d, f), ("embed", "ffn"), form=form, name="gate")("btd,df->btf", x)
+        up = Proj((d, f), ("embed", "ffn"), form=form, name="up")("btd,df->btf", x)
+        down = Proj((f, d), ("ffn", "embed"), form=form, name="down")
         return down("btf,fd->btd", jax.nn.silu(gate) * up), {}
 
 
@@ -43,7 +43,8 @@ class MoE(nn.Module):
         gate, up = (self._experts(n, (d, c.width), ("embed", "ffn")) for n in ("gate", "up"))
         down = self._experts("down", (c.width, d), ("ffn", "embed"))
         routed = self.ops.experts(flat, ids, w, gate, up, down).reshape(b, t, d)
-        shared, _ = SwiGLU(SwiGLUConfig(width=c.shared_width), self.ops, name="shared")(x, tokens)
+        shared = SwiGLUConfig(width=c.shared_width, weights=c.shared_weights)
+        shared, _ = SwiGLU(shared, self.ops, name="shared")(x, tokens)
         return routed + shared, {
             "load": _load(ids, tokens.seg.reshape(-1) >= 0, c.experts),
             "experts": ids.reshape(b, t, -1),
