@@ -5,6 +5,7 @@ import json
 import shutil
 from pathlib import Path
 
+import flax.linen as nn
 import jax
 import ml_dtypes
 import numpy as np
@@ -12,7 +13,16 @@ import pytest
 from flax.traverse_util import flatten_dict
 
 from kimijax import cli
-from kimijax.config import Fp8Config, KDAConfig
+from kimijax.config import (
+    Fp8Config,
+    GroupConfig,
+    KDAConfig,
+    LayerConfig,
+    MLAConfig,
+    ModelConfig,
+    MoEConfig,
+    RopeConfig,
+)
 from kimijax.config_tree import expanded
 from kimijax.convert.config import from_hub
 from kimijax.convert.load import load
@@ -21,7 +31,7 @@ from kimijax.convert.quant import quantize_fp8
 from kimijax.convert.run import convert, export
 from kimijax.errors import UserError
 from kimijax.metrics import describe
-from kimijax.model import Model
+from kimijax.model import Model, abstract_params
 from kimijax.ops.attend import local
 from kimijax.ops.fp8 import expand
 from tests.conftest import assert_close
@@ -109,11 +119,27 @@ def test_kept_weights_give_the_numbers_of_expanded_ones(source):
     assert {n for n in plain if n not in leaves} == wide
     for name in wide:
         codes, scale = (leaves[f"{name}_{x}"] for x in ("codes", "scale"))
-        assert (codes.dtype, codes.size, scale.dtype) == (FP8, plain[name].size, np.float32)
+        assert (codes.dtype, codes.size, scale.dtype) == (np.uint8, plain[name].size, np.float32)
         if name.split(".")[-1] not in ("gate", "up", "down"):  # those of experts lie otherwise
             assert_bits(np.asarray(jax.jit(jax.vmap(expand))(codes, scale)), plain[name])
     bytes_of = [sum(x.nbytes for x in leaves.values()) for leaves in (leaves, plain)]
     assert bytes_of[0] < 0.35 * bytes_of[1]
+
+
+@pytest.mark.parametrize("tokens", [1, 48])
+def test_no_program_makes_floats_of_a_whole_stack(tokens):
+    """What it needs beside its arguments is a few matrices, not the layers that are scanned."""
+    mla = MLAConfig(heads=4, q_rank=128, kv_rank=128, nope_dim=64, rope_dim=32, v_dim=64,
+                    rope=RopeConfig(dim=32), weights=Fp8Config())
+    moe = MoEConfig(experts=8, top_k=2, width=256, shared_width=256, weights=Fp8Config(),
+                    shared_weights=Fp8Config())
+    layers = GroupConfig(layers=(LayerConfig(mixer=mla, ffn=moe),), repeat=20)
+    net = Model(ModelConfig(vocab=16, width=256, groups=(layers,)), local())
+    params = nn.unbox(abstract_params(net))
+    ids = jax.ShapeDtypeStruct((1, tokens), np.int32)
+    program = jax.jit(lambda p, x: net.apply(p, x).hidden).lower(params, ids).compile()
+    codes = sum(x.size for x in jax.tree.leaves(params) if x.dtype.itemsize == 1)
+    assert program.memory_analysis().temp_size_in_bytes < 0.2 * codes
 
 
 @pytest.mark.parametrize("form", ["int4", "fp8"])

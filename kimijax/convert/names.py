@@ -25,6 +25,7 @@ from kimijax.config import (
     MoEConfig,
     SwiGLUConfig,
 )
+from kimijax.convert.quant import FP8
 from kimijax.errors import UserError
 
 
@@ -169,7 +170,7 @@ def _expert(
             yield _as_is(f"{name}_scale", (outputs, inputs // g), *scale, dtypes=("BF16",))
         case Fp8Config():
             codes, scale = _leaves(("codes", "scale"), part)
-            yield _as_is(name, (outputs, inputs), *codes, dtypes=("F8_E4M3",))
+            yield _codes(_as_is(name, (outputs, inputs), *codes))
             blocks = (-(-outputs // FP8_BLOCK), -(-inputs // FP8_BLOCK))
             yield _as_is(f"{name}_scale_inv", blocks, *scale, dtypes=("F32",))
 
@@ -185,10 +186,18 @@ def _held(
         return
     codes, scale = _leaves(("codes", "scale"), *parts)
     rule = _matrix(name, ours, inputs, *codes, cut=cut, turned=turned)
-    yield replace(rule, dtypes=("F8_E4M3",))
+    yield _codes(rule)
     outputs, blocks = ours[len(inputs) :], (-(-rule.shape[1] // FP8_BLOCK),)
     name = f"{name}_scale_inv"
     yield _scale(_matrix(name, (*blocks, *outputs), blocks, *scale, cut=cut, turned=turned))
+
+
+def _codes(rule: Rule) -> Rule:
+    """The 8-bit floats of a matrix, which are bytes in ours."""
+    return replace(
+        rule, split=lambda x: rule.split(x.view(np.uint8)),
+        join=lambda *arrays: rule.join(*arrays).view(FP8), dtypes=("F8_E4M3",),
+    )
 
 
 def _scale(wide: Rule) -> Rule:

@@ -79,14 +79,14 @@ def export(
     leaves = flatten_dict(params["params"], sep=".")
 
     def held(rule: Rule) -> np.dtype:
-        own = np.dtype(leaves[rule.parts[0].leaf].dtype)
-        return own if rule.dtypes or dtype is None else _as(rule, DTYPES[dtype])
+        return np.dtype(leaves[rule.parts[0].leaf].dtype)
 
     def arrays(rule: Rule, rows: slice | None) -> np.ndarray:
         array = rule.join(*(np.asarray(leaves[p.leaf][p.index]) for p in rule.parts))
         return array if rows is None else array[rows]
 
-    kinds = {rule.name: held(rule) for rule in rules(cfg)}
+    wanted = None if dtype is None else DTYPES[dtype]
+    kinds = {rule.name: _file_dtype(rule, held(rule), wanted) for rule in rules(cfg)}
     _write(cfg, to_hub(cfg) if hub is None else hub, out, kinds, arrays, lambda *_: None, "I64",
            new=False)
 
@@ -112,10 +112,10 @@ def _store_to_hub(source: Path, out: Path, dtype: np.dtype | None, on_bytes: Pro
             f"{source / NOTES}: weight_shape must be {' or '.join(SHAPES)}, got {shape!r:.80}; "
             "convert it again"
         )
-    kinds = {}
-    for rule in rules(cfg):
-        held = reader.dtype(rule.parts[0].leaf)
-        kinds[rule.name] = held if rule.dtypes or dtype is None else _as(rule, dtype)
+    kinds = {
+        rule.name: _file_dtype(rule, reader.dtype(rule.parts[0].leaf), dtype)
+        for rule in rules(cfg)
+    }
 
     def arrays(rule: Rule, rows: slice | None) -> np.ndarray:
         if rows is None:
@@ -126,8 +126,12 @@ def _store_to_hub(source: Path, out: Path, dtype: np.dtype | None, on_bytes: Pro
     _write(cfg, hub, out, kinds, arrays, on_bytes, shape, beside(source))
 
 
-def _as(rule: Rule, dtype: np.dtype) -> np.dtype:
-    """The dtype of a float tensor when all are asked for in `dtype`."""
+def _file_dtype(rule: Rule, held: np.dtype, dtype: np.dtype | None) -> np.dtype:
+    """The dtype in a hub file of what we hold in another, of floats `dtype` if one is given."""
+    if rule.dtypes:
+        return FILE_DTYPES[rule.dtypes[0]]
+    if dtype is None:
+        return held
     exact = rule.name.endswith((".e_score_correction_bias", ".A_log", ".dt_bias"))
     return np.dtype(np.float32) if exact else dtype
 

@@ -47,7 +47,7 @@ def matrix(
     if form is None:
         return weight(module, name, shape, axes, init)
     empty, outputs = nn.initializers.zeros, shape[inputs:]
-    codes = weight(module, f"{name}_codes", shape, axes, empty, jnp.float8_e4m3fn)
+    codes = weight(module, f"{name}_codes", shape, axes, empty, jnp.uint8)
     blocks = -(-math.prod(shape[:inputs]) // FP8_BLOCK)
     axes = ("input_block", *axes[inputs:])
     return expand(codes, weight(module, f"{name}_scale", (blocks, *outputs), axes, empty))

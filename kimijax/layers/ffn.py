@@ -64,7 +64,7 @@ class MoE(nn.Module):
                 kind, rows = Int4, outputs
             case Fp8Config():
                 blocks = -(-inputs // FP8_BLOCK)
-                made = (("codes", inputs, jnp.float8_e4m3fn), ("scale", blocks, jnp.float32))
+                made = (("codes", inputs, jnp.uint8), ("scale", blocks, jnp.float32))
                 kind, rows = Fp8, -(-outputs // FP8_BLOCK)
         axes = ("expert", axes[1], axes[0])
         return kind(*(
