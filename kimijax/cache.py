@@ -157,7 +157,7 @@ class Memory(NamedTuple):
         return self._replace(state=self.state | state)
 
 
-LARGE = ("latent", "k_rope", "keys")  # states with numbers for every slot: dealt over devices
+LARGE = ("latent", "k_rope", "keys", "head_keys", "head_values")  # states with numbers for every slot: dealt over devices
 
 
 def lead_slots(cfg: ModelConfig) -> int:
@@ -168,7 +168,7 @@ def lead_slots(cfg: ModelConfig) -> int:
 def _lead(layer: LayerConfig) -> int:
     match layer.mixer:
         case WindowConfig(window=w):
-            lead = w
+            lead = w or 0
         case CompressedConfig(window=w, index=index, taps=taps):
             lead = max(w + index.group, taps - 1)
         case KDAConfig(conv=taps):
@@ -183,7 +183,7 @@ def run_length(cfg: ModelConfig) -> int:
     run = 1
     for layer in cfg.layers:
         match layer.mixer:
-            case WindowConfig(window=w):
+            case WindowConfig(window=int(w)):
                 run = math.lcm(run, tile_length(w))
             case CompressedConfig(index=index):
                 run = math.lcm(run, index.group)
@@ -232,6 +232,8 @@ def _state(width: int, layer: LayerConfig, repeat: int, rows: int, size: int, dt
 
     state = {"conv": zeros(layer.conv - 1, width)} if layer.conv else {}
     match layer.mixer:
+        case WindowConfig(kv_heads=g, head_dim=k, window=None):
+            state |= {"head_keys": zeros(size, g, k), "head_values": zeros(size, g, k)}
         case WindowConfig(kv_heads=g, head_dim=k, window=w):
             state |= {"key": zeros(w, g, k), "value": zeros(w, g, k)}
         case MLAConfig(kv_rank=r, rope_dim=p):
@@ -275,6 +277,8 @@ def fork(cfg: ModelConfig, cache: Cache, room: int) -> Cache:
     """
     if cache.frozen is not None:
         raise ValueError("fork: the cache already stands on a frozen one; fork that one instead")
+    if cache.ways > 1:
+        raise ValueError("fork: a cache that is dealt over devices cannot be forked")
     run, lead = run_length(cfg), cache.lead
     new = empty_cache(cfg, cache.pos.shape[0], room)
     first = cache.count // run * run
@@ -291,7 +295,7 @@ def fork(cfg: ModelConfig, cache: Cache, room: int) -> Cache:
         stored = {
             name: x.astype(old[name].dtype).at[:, :, : lead + run].set(jax.vmap(copied)(old[name]))
             for name, x in fresh.items()
-            if name in ("latent", "k_rope")
+            if name in ("latent", "k_rope", "head_keys", "head_values")
         }
         blocks = {n: x for n, x in fresh.items() if n in ("keys", "block_pos", "block_seg")}
         return old | stored | blocks

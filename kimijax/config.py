@@ -90,21 +90,42 @@ class RopeConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class WindowConfig:
-    """Grouped-query attention to the last `window` tokens, with an optional learned sink."""
+    """Grouped-query attention to the last `window` tokens (None: all), an optional learned sink."""
 
     heads: int = 4
     kv_heads: int = 1
     head_dim: int = 64
-    window: int = 32
+    window: int | None = 32
     rope: RopeConfig | None = None  # rope.dim may be below head_dim: the rest has no position
     sink: float | None = 0.0  # initial sink logit; None: no sink
 
     def __post_init__(self):
-        _positive(self, "heads", "kv_heads", "head_dim", "window")
+        _positive(self, "heads", "kv_heads", "head_dim")
+        _positive(self, *("window",) * (self.window is not None))
         if self.heads % self.kv_heads:
             raise UserError(f"heads {self.heads} must be a multiple of kv_heads {self.kv_heads}")
         if self.rope and self.rope.dim > self.head_dim:
             raise UserError(f"rope dim {self.rope.dim} exceeds head_dim {self.head_dim}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Int4Config:
+    """Expert matrices held as 4-bit integers with a scale per `group` inputs (K2-Thinking)."""
+
+    group: int = 32
+
+    def __post_init__(self):
+        _positive(self, "group")
+        if self.group % 8:
+            raise UserError(f"int4 group {self.group} must be a multiple of 8")
+
+
+FP8_BLOCK = 128
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fp8Config:
+    """Matrices held as float8_e4m3fn with a scale per 128 x 128 (K2, DeepSeek-V3)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,6 +144,7 @@ class MLAConfig:
     rope: RopeConfig | None = RopeConfig()  # turns the shared key; None: it has no position (NoPE)
     window: int | None = None
     latent_eps: float = 1e-6  # of the latent norms, whatever the model's norm_eps
+    weights: Fp8Config | None = None  # how all of its matrices are held; None: as floats
 
     def __post_init__(self):
         _positive(self, "heads", "kv_rank", "nope_dim", "v_dim", "latent_eps")
@@ -203,29 +225,10 @@ class SwiGLUConfig:
     """down(silu(gate x) * up x)."""
 
     width: int = 256
+    weights: Fp8Config | None = None  # how its matrices are held; None: as floats
 
     def __post_init__(self):
         _positive(self, "width")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Int4Config:
-    """Expert matrices held as 4-bit integers with a scale per `group` inputs (K2-Thinking)."""
-
-    group: int = 32
-
-    def __post_init__(self):
-        _positive(self, "group")
-        if self.group % 8:
-            raise UserError(f"int4 group {self.group} must be a multiple of 8")
-
-
-FP8_BLOCK = 128
-
-
-@dataclass(frozen=True, kw_only=True)
-class Fp8Config:
-    """Expert matrices held as float8_e4m3fn with a scale per 128 x 128 (K2, DeepSeek-V3)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -245,6 +248,7 @@ class MoEConfig:
     normalize: bool = True  # the chosen scores sum to one
     scaling: float = 1.0
     weights: Int4Config | Fp8Config | None = None  # how routed experts are held; None: as floats
+    shared_weights: Fp8Config | None = None  # the same of the shared expert
 
     def __post_init__(self):
         _positive(self, "experts", "top_k", "width", "shared_width", "scaling")

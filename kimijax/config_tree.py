@@ -33,6 +33,17 @@ def override(cfg, changes: dict[str, object]):
     return _replace(cfg, tree, "")
 
 
+def expanded(cfg: ModelConfig) -> ModelConfig:
+    """The same model with all of its weights as floats."""
+    return override(cfg, {
+        f"groups.{i}.layers.{j}.{part}.{name}": None
+        for i, group in enumerate(cfg.groups)
+        for j, layer in enumerate(group.layers)
+        for part in ("mixer", "ffn")
+        for name in ("weights", "shared_weights") if hasattr(getattr(layer, part), name)
+    })
+
+
 class _Branch(dict):
     """Changes below a field; a plain dict would be a value."""
 

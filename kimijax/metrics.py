@@ -19,6 +19,7 @@ from kimijax.config import (
     SwiGLUConfig,
     WindowConfig,
 )
+from kimijax.config_tree import expanded
 from kimijax.model import parameter_shapes
 
 
@@ -152,7 +153,8 @@ def describe(cfg: ModelConfig, dtype: jnp.dtype = jnp.bfloat16) -> dict:
     for layer in cfg.layers:
         kind = " + ".join(type(x).__name__.removesuffix("Config") for x in (layer.mixer, layer.ffn))
         kinds[kind] = kinds.get(kind, 0) + 1
-    total = sum(x.size for x in parameter_shapes(cfg).values())
+    # However weights are held, each is one parameter, and scales are none.
+    total = sum(x.size for x in parameter_shapes(expanded(cfg)).values())
     idle = sum(
         (f.experts - f.top_k) * 3 * f.width * cfg.width
         for f in (layer.ffn for layer in cfg.layers) if isinstance(f, MoEConfig)

@@ -14,7 +14,7 @@ from kimijax.convert.load import load
 from kimijax.convert.run import convert
 from kimijax.convert.source import read_json
 from kimijax.errors import UserError
-from tests.test_convert import GOLDENS, quantised, quiet, same, tensors, write
+from tests.test_convert import GOLDENS, quantised, quiet, tensors, write
 
 PLAIN = "model.layers.1.self_attn.o_proj.weight"
 
@@ -188,20 +188,6 @@ def test_the_dtype_of_shapes_is_one_of_two(ours, tmp_path, value):
     (ours / "notes.json").write_text(json.dumps({"weight_shape": value}))
     refused(ours, tmp_path / "back", "hf", match="weight_shape must be I32 or I64, got")
     assert not (tmp_path / "back").exists()
-
-
-def test_a_kept_fp8_export_says_what_it_holds(tmp_path):
-    source = quantised(tmp_path / "hub", "fp8")
-    convert(source, tmp_path / "kept", "hf", None, True, quiet)
-    config = json.loads((tmp_path / "kept" / "config.json").read_text())
-    got = tensors(tmp_path / "kept")
-    listed = {f"{n}.weight" for n in config["quantization_config"]["modules_to_not_convert"]}
-    floats = {n for n, x in got.items() if "_proj" in n and n[-6:] == "weight" and x.itemsize > 1}
-    assert listed == floats | {"lm_head.weight"} and PLAIN in listed
-    assert not any(f"{n}_scale_inv" in got for n in listed)
-    convert(tmp_path / "kept", tmp_path / "again", "hf", None, True, quiet)
-    same(tensors(tmp_path / "again"), got)
-    assert json.loads((tmp_path / "again" / "config.json").read_text()) == config
 
 
 @pytest.mark.parametrize("keep", [False, True])

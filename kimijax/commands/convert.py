@@ -8,6 +8,7 @@ import argparse
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+from kimijax.commands.checkpoint import DTYPES, add_weights, not_kept
 from kimijax.commands.paths import path
 
 
@@ -18,9 +19,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("destination", metavar="DST", type=path,
         help="a directory that does not exist yet")
     add("--to", choices=("orbax", "hf"), required=True)
-    add("--dtype", choices=("float32", "bfloat16"), help="default: as stored")
-    add("--weights", choices=("expand", "keep"), default="expand",
-        help="keep: quantised experts stay as stored")
+    add("--dtype", choices=DTYPES, help="default: as stored")
+    add_weights(parser)
 
 
 def main(args: argparse.Namespace) -> int:
@@ -30,12 +30,14 @@ def main(args: argparse.Namespace) -> int:
     from kimijax.convert.run import convert
 
     with _progress(f"convert to {args.to}") as on_bytes:
-        skipped = convert(
+        report = convert(
             Path(args.source), Path(args.destination), args.to, args.dtype,
             args.weights == "keep", on_bytes,
         )
-    if skipped:
-        print(f"{skipped} tensors that are no part of the language model were left out")
+    if report.skipped:
+        print(f"{report.skipped} tensors that are no part of the language model were left out")
+    if report.expanded:
+        print(not_kept(report.expanded))
     print(f"written to {args.destination}")
     return 0
 

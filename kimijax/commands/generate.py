@@ -8,9 +8,8 @@ an end token of the checkpoint or a --stop. Without --temperature the likeliest 
 
 import argparse
 
+from kimijax.commands.checkpoint import DTYPES, add_weights, load_checkpoint
 from kimijax.commands.paths import path
-
-DTYPES = ("float32", "bfloat16")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -35,8 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--stop", action="append", default=[], metavar="TEXT", help="end before this; repeatable")
     add("--stop_ids", type=_ids, default=(), metavar="ID[,ID...]", help="end at these tokens")
     add("--dtype", choices=DTYPES, default="float32", help="of weights and activations")
-    add("--weights", choices=("expand", "keep"), default="expand",
-        help="keep: quantised experts stay as stored and are expanded tile by tile")
+    add_weights(parser)
 
 
 def _ids(text: str) -> tuple[int, ...]:
@@ -74,7 +72,7 @@ def _arrays(args: argparse.Namespace, sampling) -> int:
     from tqdm import tqdm
 
     from kimijax.commands.arrays import new_array, read_tokens
-    from kimijax.convert.load import load, read_config
+    from kimijax.convert.load import read_config
     from kimijax.generate import check_room, decoder, generate
     from kimijax.ops.attend import local
 
@@ -82,7 +80,7 @@ def _arrays(args: argparse.Namespace, sampling) -> int:
     rows, length = ids.shape
     check_room(length, args.max_new)
     with new_array(args.out, (rows, length + args.max_new), np.int32) as out:
-        loaded = load(args.checkpoint, args.dtype, keep=args.weights == "keep")
+        loaded = load_checkpoint(args)
         programs = decoder(loaded.cfg, local(), jnp.dtype(args.dtype))
         out[:, :length] = ids
         tokens = generate(programs, loaded.params, list(ids), args.max_new, sampling)
@@ -100,7 +98,6 @@ def _text(args: argparse.Namespace, sampling) -> int:
     """Text in, text on the terminal as it comes."""
     import jax.numpy as jnp
 
-    from kimijax.convert.load import load
     from kimijax.data.tokenizer import StreamDecoder, load_tokenizer
     from kimijax.generate import decoder, generate
     from kimijax.ops.attend import local
@@ -108,7 +105,7 @@ def _text(args: argparse.Namespace, sampling) -> int:
 
     tokenizer = load_tokenizer(args.checkpoint)
     prompt = _encoded(args, tokenizer)
-    loaded = load(args.checkpoint, args.dtype, keep=args.weights == "keep")
+    loaded = load_checkpoint(args)
     programs = decoder(loaded.cfg, local(), jnp.dtype(args.dtype))
     ends = {*args.stop_ids, *tokenizer.eos}
     pieces, stops = StreamDecoder(tokenizer), StopStream(args.stop)

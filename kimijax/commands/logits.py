@@ -6,9 +6,9 @@ IN is int32 [B, T]; OUT is float32 [B, T, V]. DIR is a Hugging Face directory or
 
 import argparse
 
+from kimijax.commands.checkpoint import DTYPES, add_weights, load_checkpoint
 from kimijax.commands.paths import path
 
-DTYPES = ("float32", "bfloat16")
 PIECE = 1024  # tokens whose logits are held at a time
 
 
@@ -19,8 +19,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--tokens", required=True, type=path, metavar="IN.npy", help="int32 [B, T]")
     add("--out", required=True, type=path, metavar="OUT.npy", help="float32 [B, T, V]")
     add("--dtype", choices=DTYPES, default="float32", help="of weights and activations")
-    add("--weights", choices=("expand", "keep"), default="expand",
-        help="keep: quantised experts stay as stored and are expanded tile by tile")
+    add_weights(parser)
 
 
 def main(args: argparse.Namespace) -> int:
@@ -33,7 +32,7 @@ def main(args: argparse.Namespace) -> int:
     from tqdm import tqdm
 
     from kimijax.commands.arrays import new_array, read_tokens
-    from kimijax.convert.load import load, read_config
+    from kimijax.convert.load import read_config
     from kimijax.generate import check_room
     from kimijax.model import Model
     from kimijax.ops.attend import local
@@ -42,7 +41,7 @@ def main(args: argparse.Namespace) -> int:
     ids = read_tokens(args.tokens, vocab)
     check_room(ids.shape[1], 0)
     with new_array(args.out, (*ids.shape, vocab), np.float32) as out:
-        loaded = load(args.checkpoint, args.dtype, keep=args.weights == "keep")
+        loaded = load_checkpoint(args)
         model = Model(loaded.cfg, local(), jnp.dtype(args.dtype))
         hidden = jax.jit(lambda p, x: model.apply(p, x).hidden)
         head = jax.jit(lambda p, x: model.apply(p, x, method="head"))

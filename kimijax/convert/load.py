@@ -9,8 +9,8 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from kimijax.checkpoint import load_model
-from kimijax.config import ModelConfig, MoEConfig
-from kimijax.config_tree import from_dict, override
+from kimijax.config import ModelConfig
+from kimijax.config_tree import expanded, from_dict, override
 from kimijax.convert.source import (
     DTYPES,
     Source,
@@ -28,24 +28,29 @@ CONFIG = "config.json"
 
 @dataclass(frozen=True)
 class Loaded:
-    """A model: its config, {"params": ...}, and the hub's config.json if it has one."""
+    """A model: its config, {"params": ...}, and the hub's config.json if it has one.
+
+    `expanded` names the tensors that could not be kept quantised, if that was asked for.
+    """
 
     cfg: ModelConfig
     params: dict
     hub: dict | None
+    expanded: tuple[str, ...] = ()
 
 
 def load(directory: str | Path, dtype: str = "float32", keep: bool = False) -> Loaded:
     """Read a Hugging Face directory or one of ours.
 
     dtype  "float32" or "bfloat16", of the weights that are not kept quantised
-    keep   experts stay quantised as they are stored; UserError if they are not
+    keep   modules stay quantised as they are stored; UserError if none is, whole
     """
     directory = Path(directory)
     if is_hub(directory):
         with open_source(directory, keep) as source:
             params = read_params(source, DTYPES[dtype])
-        return Loaded(source.cfg, {"params": params}, source.hub)
+        not_kept = tuple(source.expanded()) if keep else ()
+        return Loaded(source.cfg, {"params": params}, source.hub, not_kept)
     if stored(directory / PARAMS):
         return _load_store(directory, DTYPES[dtype], keep)
     if keep:
@@ -59,10 +64,9 @@ def load(directory: str | Path, dtype: str = "float32", keep: bool = False) -> L
 
 
 def _load_store(directory: Path, dtype: np.dtype, keep: bool) -> Loaded:
-    """A converted directory: its experts are as they were converted."""
+    """A converted directory: its weights are held as they were converted."""
     cfg, hub, reader = open_store(directory)
-    quantised = any(isinstance(x.ffn, MoEConfig) and x.ffn.weights for x in cfg.layers)
-    if keep and not quantised:
+    if keep and cfg == expanded(cfg):
         raise UserError(f"{directory}: its weights are not quantised, there is nothing to keep")
     leaves = {}
     for name, x in parameter_shapes(cfg).items():
@@ -102,13 +106,8 @@ def open_store(directory: Path) -> tuple[ModelConfig, dict | None, Reader]:
 
 
 def _plain(cfg: ModelConfig) -> ModelConfig:
-    """`cfg` without what a hub config does not say: experts as stored, how embeddings begin."""
-    changes: dict[str, object] = {
-        f"groups.{i}.layers.{j}.ffn.weights": None
-        for i, group in enumerate(cfg.groups)
-        for j, layer in enumerate(group.layers) if isinstance(layer.ffn, MoEConfig)
-    }
-    return override(cfg, changes | {"embed_std": ModelConfig.embed_std})
+    """`cfg` without what a hub config does not say: weights as stored, how embeddings begin."""
+    return override(expanded(cfg), {"embed_std": ModelConfig.embed_std})
 
 
 def read_config(directory: Path) -> ModelConfig:

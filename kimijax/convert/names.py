@@ -2,6 +2,7 @@
 
 A hub matrix is [out, in]; ours is [in, out...]. Layers are stacked, so a hub tensor is one index of
 one leaf, or of two where the hub fuses what we keep apart (the latent and the shared rotary key).
+Experts that stay quantised lie as in the hub, other matrices that do as if they were floats.
 
 The hub's rotary channels are interleaved pairs (2i, 2i+1); ours are halves (i, i + dim/2). They are
 permuted here and nowhere else: scores are the same, and so is the way back.
@@ -24,6 +25,8 @@ from kimijax.config import (
     MoEConfig,
     SwiGLUConfig,
 )
+from kimijax.convert.quant import FP8
+from kimijax.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -49,6 +52,7 @@ class Rule:
     dtypes: tuple[str, ...] = ()  # safetensors dtypes it may have; none named: any form of floats
     memory: tuple[int, ...] = ()  # axes of the part as its numbers lie in the file; (): in order
     rows: int | None = None  # axis of the leaf along which the hub tensor's rows can be cut
+    field: str = ""  # path in the config of what says how the matrix is held; "": always as floats
 
 
 def rules(cfg: ModelConfig) -> Iterator[Rule]:
@@ -72,7 +76,8 @@ def _layer(cfg, layer: LayerConfig, hub: str, ours: str, index, linear) -> Itera
     yield from mixer(layer.mixer, d, f"{hub}self_attn.", f"{ours}mixer.", index)
     yield _as_is(f"{hub}post_attention_layernorm.weight", (d,), Part(f"{ours}ffn_norm.w", index))
     if isinstance(layer.ffn, SwiGLUConfig):
-        yield from _swiglu(d, layer.ffn.width, f"{hub}mlp.", f"{ours}ffn.", index)
+        yield from _swiglu(d, layer.ffn, f"{hub}mlp.", f"{ours}ffn.", index,
+                           _field(f"{ours}ffn.", "weights"))
     else:
         yield from _moe(layer.ffn, d, hub, f"{ours}ffn.", index, linear)
 
@@ -80,26 +85,29 @@ def _layer(cfg, layer: LayerConfig, hub: str, ours: str, index, linear) -> Itera
 def _mla(c: MLAConfig, d: int, hub: str, ours: str, index) -> Iterator[Rule]:
     turned = c.rope_dim if c.rope else 0  # without rotation there is nothing to permute
     head = c.nope_dim + c.rope_dim
+    held = functools.partial(_held, c.weights, _field(ours, "weights"))
     if c.q_rank:
-        yield _matrix(f"{hub}q_a_proj.weight", (d, c.q_rank), (d,), Part(f"{ours}q_down.w", index))
+        yield from held(
+            f"{hub}q_a_proj.weight", (d, c.q_rank), (d,), Part(f"{ours}q_down.w", index)
+        )
         yield _as_is(f"{hub}q_a_layernorm.weight", (c.q_rank,), Part(f"{ours}q_norm.w", index))
     name, width = ("q_b_proj", c.q_rank) if c.q_rank else ("q_proj", d)
-    yield _matrix(
+    yield from held(
         f"{hub}{name}.weight", (width, c.heads, head), (width,), Part(f"{ours}q.w", index),
         turned=turned,
     )
     latent = [Part(f"{ours}kv.w", index)]
     latent += [Part(f"{ours}k_rope.w", index)] if c.rope_dim else []
-    yield _matrix(
+    yield from held(
         f"{hub}kv_a_proj_with_mqa.weight", (d, c.kv_rank + c.rope_dim), (d,), *latent,
         cut=c.kv_rank, turned=turned,
     )
     yield _as_is(f"{hub}kv_a_layernorm.weight", (c.kv_rank,), Part(f"{ours}kv_norm.w", index))
-    yield _matrix(
+    yield from held(
         f"{hub}kv_b_proj.weight", (c.kv_rank, c.heads, c.nope_dim + c.v_dim), (c.kv_rank,),
         Part(f"{ours}w_uk", index), Part(f"{ours}w_uv", index), cut=c.nope_dim,
     )
-    yield _matrix(
+    yield from held(
         f"{hub}o_proj.weight", (c.heads, c.v_dim, d), (c.heads, c.v_dim),
         Part(f"{ours}out.w", index),
     )
@@ -123,10 +131,11 @@ def _kda(c: KDAConfig, d: int, hub: str, ours: str, index) -> Iterator[Rule]:
     yield _matrix(f"{hub}o_proj.weight", (*inner, d), inner, Part(f"{ours}out.w", index))
 
 
-def _swiglu(d: int, f: int, hub: str, ours: str, index) -> Iterator[Rule]:
+def _swiglu(d: int, c: SwiGLUConfig, hub: str, ours: str, index, field: str) -> Iterator[Rule]:
+    f, held = c.width, functools.partial(_held, c.weights, field)
     for name in ("gate", "up"):
-        yield _matrix(f"{hub}{name}_proj.weight", (d, f), (d,), Part(f"{ours}{name}.w", index))
-    yield _matrix(f"{hub}down_proj.weight", (f, d), (f,), Part(f"{ours}down.w", index))
+        yield from held(f"{hub}{name}_proj.weight", (d, f), (d,), Part(f"{ours}{name}.w", index))
+    yield from held(f"{hub}down_proj.weight", (f, d), (f,), Part(f"{ours}down.w", index))
 
 
 def _moe(c: MoEConfig, d: int, hub: str, ours: str, index, linear: bool) -> Iterator[Rule]:
@@ -136,29 +145,93 @@ def _moe(c: MoEConfig, d: int, hub: str, ours: str, index, linear: bool) -> Iter
     yield _as_is(
         f"{hub}gate.e_score_correction_bias", (c.experts,), Part(f"{ours}bias", index)
     )
-    yield from _swiglu(d, c.shared_width, f"{hub}shared_experts.", f"{ours}shared.", index)
+    shared = SwiGLUConfig(width=c.shared_width, weights=c.shared_weights)
+    yield from _swiglu(d, shared, f"{hub}shared_experts.", f"{ours}shared.", index,
+                       _field(ours, "shared_weights"))
+    field = _field(ours, "weights")
     for e in range(c.experts):
         for name, leaf in zip(names, ("gate", "up", "down"), strict=True):
             shape = (c.width, d) if leaf == "down" else (d, c.width)
-            yield from _expert(c, shape, f"{hub}experts.{e}.{name}.weight", f"{ours}{leaf}",
-                               (*index, e))
+            part = Part(f"{ours}{leaf}", (*index, e))
+            yield from _expert(c, field, f"{hub}experts.{e}.{name}.weight", shape, part)
 
 
-def _expert(c: MoEConfig, shape: tuple[int, int], hub: str, ours: str, index) -> Iterator[Rule]:
+def _expert(
+    c: MoEConfig, field: str, name: str, shape: tuple[int, int], part: Part
+) -> Iterator[Rule]:
     """One matrix (in, out) of an expert: as floats, or the tensors of its packed form."""
     inputs, outputs = shape
     match c.weights:
         case None:
-            yield _matrix(hub, shape, shape[:1], Part(ours, index))
+            yield replace(_matrix(name, shape, shape[:1], part), field=field)
         case Int4Config(group=g):
-            packed, scale = (Part(f"{ours}_{x}", index) for x in ("packed", "scale"))
-            yield _as_is(f"{hub}_packed", (outputs, inputs // 8), packed, dtypes=("I32",))
-            yield _as_is(f"{hub}_scale", (outputs, inputs // g), scale, dtypes=("BF16",))
+            packed, scale = _leaves(("packed", "scale"), part)
+            yield _as_is(f"{name}_packed", (outputs, inputs // 8), *packed, dtypes=("I32",))
+            yield _as_is(f"{name}_scale", (outputs, inputs // g), *scale, dtypes=("BF16",))
         case Fp8Config():
-            codes, scale = (Part(f"{ours}_{x}", index) for x in ("codes", "scale"))
-            yield _as_is(hub, (outputs, inputs), codes, dtypes=("F8_E4M3",))
+            codes, scale = _leaves(("codes", "scale"), part)
+            yield _codes(_as_is(name, (outputs, inputs), *codes))
             blocks = (-(-outputs // FP8_BLOCK), -(-inputs // FP8_BLOCK))
-            yield _as_is(f"{hub}_scale_inv", blocks, scale, dtypes=("F32",))
+            yield _as_is(f"{name}_scale_inv", blocks, *scale, dtypes=("F32",))
+
+
+def _held(
+    form: Fp8Config | None, field: str, name: str, ours: tuple[int, ...], inputs: tuple[int, ...],
+    *parts: Part, cut: int = 0, turned: int = 0,
+) -> Iterator[Rule]:
+    """A matrix as `_matrix` has it: as floats, or the codes and the scales of a form."""
+    if form is None:
+        rule = _matrix(name, ours, inputs, *parts, cut=cut, turned=turned)
+        yield replace(rule, field=field)
+        return
+    codes, scale = _leaves(("codes", "scale"), *parts)
+    rule = _matrix(name, ours, inputs, *codes, cut=cut, turned=turned)
+    yield _codes(rule)
+    outputs, blocks = ours[len(inputs) :], (-(-rule.shape[1] // FP8_BLOCK),)
+    name = f"{name}_scale_inv"
+    yield _scale(_matrix(name, (*blocks, *outputs), blocks, *scale, cut=cut, turned=turned))
+
+
+def _codes(rule: Rule) -> Rule:
+    """The 8-bit floats of a matrix, which are bytes in ours."""
+    return replace(
+        rule, split=lambda x: rule.split(x.view(np.uint8)),
+        join=lambda *arrays: rule.join(*arrays).view(FP8), dtypes=("F8_E4M3",),
+    )
+
+
+def _scale(wide: Rule) -> Rule:
+    """The scales of square blocks, of which ours has one per output: `wide` moves those.
+
+    Outputs are permuted and cut within a block, so each of them carries its block's scale.
+    """
+    rows, blocks = wide.shape
+
+    def split(x):
+        return wide.split(np.repeat(x, FP8_BLOCK, 0)[:rows])
+
+    def join(*arrays):
+        x = wide.join(*arrays)
+        narrow = x[::FP8_BLOCK]
+        if not np.array_equal(np.repeat(narrow, FP8_BLOCK, 0)[:rows], x):
+            raise UserError(
+                f"{wide.name}: scales differ within a block of {FP8_BLOCK} outputs, for which the "
+                "hub has one; make them equal"
+            )
+        return narrow
+
+    shape = (-(-rows // FP8_BLOCK), blocks)
+    return replace(wide, shape=shape, split=split, join=join, dtypes=("F32",))
+
+
+def _leaves(names: tuple[str, ...], *parts: Part) -> list[list[Part]]:
+    """For each name the leaves of a packed form that lie where those of floats would."""
+    return [[replace(part, leaf=f"{part.leaf}_{name}") for part in parts] for name in names]
+
+
+def _field(ours: str, name: str) -> str:
+    """Where the config of a module has a field: group_0.layer_1.ffn. is groups.0.layers.1.ffn."""
+    return ours.replace("group_", "groups.").replace("layer_", "layers.") + name
 
 
 def _as_is(

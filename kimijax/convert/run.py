@@ -4,12 +4,14 @@ import json
 import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import ml_dtypes
 import numpy as np
 from flax.traverse_util import flatten_dict
 
-from kimijax.config import ModelConfig, MoEConfig
+from kimijax.config import ModelConfig
+from kimijax.config_tree import expanded
 from kimijax.convert.export_config import to_hub
 from kimijax.convert.header import DTYPES as FILE_DTYPES
 from kimijax.convert.header import reading
@@ -26,14 +28,21 @@ NAMES = {dtype: name for name, dtype in FILE_DTYPES.items()}
 BF16 = np.dtype(ml_dtypes.bfloat16)
 
 
+class Report(NamedTuple):
+    """What of a source is not in its conversion as it was."""
+
+    skipped: int = 0  # tensors that no text model needs
+    expanded: tuple[str, ...] = ()  # those that could not be kept quantised
+
+
 def convert(
     source: Path, out: Path, to: str, dtype: str | None, keep: bool, on_bytes: Progress
-) -> int:
-    """Convert a directory; returns how many tensors of the source were left out.
+) -> Report:
+    """Convert a directory.
 
     to     "orbax" or "hf"
     dtype  of floats, "float32" or "bfloat16"; None: as stored, bfloat16 where it was quantised
-    keep   quantised experts stay as stored
+    keep   modules stay quantised as they are stored
     """
     if out.name in ("", ".."):
         raise UserError(f"{out}: must end in the name of a new directory")
@@ -46,7 +55,7 @@ def convert(
                 convert_to_store(opened, out, wanted, on_bytes)
             else:
                 _hub_to_hub(opened, out, wanted, on_bytes)
-            return opened.skipped
+            return Report(opened.skipped, tuple(opened.expanded()) if keep else ())
     if not stored(source / PARAMS):
         raise UserError(
             f"{source}: is no Hugging Face directory and no conversion of one; other models of "
@@ -55,7 +64,7 @@ def convert(
     if to == "orbax":
         raise UserError(f"{source}: is an orbax checkpoint already")
     _store_to_hub(source, out, wanted, on_bytes)
-    return 0
+    return Report()
 
 
 def export(
@@ -70,14 +79,14 @@ def export(
     leaves = flatten_dict(params["params"], sep=".")
 
     def held(rule: Rule) -> np.dtype:
-        own = np.dtype(leaves[rule.parts[0].leaf].dtype)
-        return own if rule.dtypes or dtype is None else _as(rule, DTYPES[dtype])
+        return np.dtype(leaves[rule.parts[0].leaf].dtype)
 
     def arrays(rule: Rule, rows: slice | None) -> np.ndarray:
         array = rule.join(*(np.asarray(leaves[p.leaf][p.index]) for p in rule.parts))
         return array if rows is None else array[rows]
 
-    kinds = {rule.name: held(rule) for rule in rules(cfg)}
+    wanted = None if dtype is None else DTYPES[dtype]
+    kinds = {rule.name: _file_dtype(rule, held(rule), wanted) for rule in rules(cfg)}
     _write(cfg, to_hub(cfg) if hub is None else hub, out, kinds, arrays, lambda *_: None, "I64",
            new=False)
 
@@ -103,10 +112,10 @@ def _store_to_hub(source: Path, out: Path, dtype: np.dtype | None, on_bytes: Pro
             f"{source / NOTES}: weight_shape must be {' or '.join(SHAPES)}, got {shape!r:.80}; "
             "convert it again"
         )
-    kinds = {}
-    for rule in rules(cfg):
-        held = reader.dtype(rule.parts[0].leaf)
-        kinds[rule.name] = held if rule.dtypes or dtype is None else _as(rule, dtype)
+    kinds = {
+        rule.name: _file_dtype(rule, reader.dtype(rule.parts[0].leaf), dtype)
+        for rule in rules(cfg)
+    }
 
     def arrays(rule: Rule, rows: slice | None) -> np.ndarray:
         if rows is None:
@@ -117,8 +126,12 @@ def _store_to_hub(source: Path, out: Path, dtype: np.dtype | None, on_bytes: Pro
     _write(cfg, hub, out, kinds, arrays, on_bytes, shape, beside(source))
 
 
-def _as(rule: Rule, dtype: np.dtype) -> np.dtype:
-    """The dtype of a float tensor when all are asked for in `dtype`."""
+def _file_dtype(rule: Rule, held: np.dtype, dtype: np.dtype | None) -> np.dtype:
+    """The dtype in a hub file of what we hold in another, of floats `dtype` if one is given."""
+    if rule.dtypes:
+        return FILE_DTYPES[rule.dtypes[0]]
+    if dtype is None:
+        return held
     exact = rule.name.endswith((".e_score_correction_bias", ".A_log", ".dt_bias"))
     return np.dtype(np.float32) if exact else dtype
 
@@ -162,9 +175,9 @@ def _weight_shapes(cfg: ModelConfig, start: str) -> Iterator[tuple[str, tuple[in
 
 def _config(cfg: ModelConfig, hub: dict, kinds: dict[str, np.dtype]) -> dict:
     """The source's config.json, true of what is written: dtype, and quantisation if kept."""
-    kept = any(isinstance(x.ffn, MoEConfig) and x.ffn.weights for x in cfg.layers)
+    kept = cfg != expanded(cfg)
     dtype = "bfloat16" if kinds["model.embed_tokens.weight"] == BF16 else "float32"
-    names = _expanded(cfg, prefix(hub))
+    names = _floats(cfg, prefix(hub))
     data = dict(hub)
     for part in ("", "text_config"):
         held = data if not part else data.get(part)
@@ -173,8 +186,7 @@ def _config(cfg: ModelConfig, hub: dict, kinds: dict[str, np.dtype]) -> dict:
         held = dict(held)
         quant = held.pop("quantization_config", None)
         if kept and isinstance(quant, dict):
-            key = "modules_to_not_convert" if quant.get("quant_method") == "fp8" else "ignore"
-            held["quantization_config"] = quant | {key: _with(quant.get(key), names)}
+            held["quantization_config"] = _quantization(quant, names)
         held |= {key: dtype for key in ("dtype", "torch_dtype") if key in held}
         data = held if not part else data | {part: held}
     if not {"dtype", "torch_dtype"} & data.keys():
@@ -182,8 +194,17 @@ def _config(cfg: ModelConfig, hub: dict, kinds: dict[str, np.dtype]) -> dict:
     return data
 
 
-def _expanded(cfg: ModelConfig, start: str) -> list[str]:
-    """The modules with a matrix that are written as floats when only experts stay quantised."""
+def _quantization(quant: dict, floats: list[str]) -> dict:
+    """A quantization_config under which a reader takes these modules as floats."""
+    fp8 = quant.get("quant_method") == "fp8"
+    if fp8 and all(name.endswith("lm_head") for name in floats):
+        return quant  # as released: unless a list names others, readers leave the head alone
+    key = "modules_to_not_convert" if fp8 else "ignore"
+    return quant | {key: _with(quant.get(key), floats)}
+
+
+def _floats(cfg: ModelConfig, start: str) -> list[str]:
+    """The modules with a matrix that are written as floats when others stay quantised."""
     other = ("embed_tokens.weight", ".gate.weight")  # not of class Linear
     return [
         start + rule.name.removesuffix(".weight") for rule in rules(cfg)

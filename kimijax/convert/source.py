@@ -10,10 +10,10 @@ import ml_dtypes
 import numpy as np
 
 from kimijax.checkpoint.common import brief
-from kimijax.config import FP8_BLOCK, Fp8Config, Int4Config, ModelConfig, MoEConfig
-from kimijax.config_tree import override
+from kimijax.config import FP8_BLOCK, ModelConfig
 from kimijax.convert.config import WRAPPER, from_hub, text_config
 from kimijax.convert.header import TensorInfo
+from kimijax.convert.keep import kept
 from kimijax.convert.names import Rule, rules
 from kimijax.convert.quant import dequantize_fp8, dequantize_int4
 from kimijax.convert.tensors import TensorFiles, inside, open_directory
@@ -55,6 +55,11 @@ class Source:
     def rules(self) -> Iterator[Rule]:
         """A rule per tensor of the model, in the order of layers."""
         return rules(self.cfg)
+
+    def expanded(self) -> list[str]:
+        """The tensors that are stored quantised and read as floats."""
+        start = prefix(self.hub)
+        return [start + name for name, form in self.forms.items() if form != "as is"]
 
     def read(self, rule: Rule) -> np.ndarray:
         """A hub tensor as numbers: in the dtype stored, float32 where it is expanded."""
@@ -163,14 +168,14 @@ def read_hub_config(path: Path) -> tuple[dict, ModelConfig]:
 def open_source(directory: Path, keep: bool = False) -> Source:
     """Open a hub checkpoint; every tensor must be there, of its shape, in a known form.
 
-    keep  experts stay quantised as they are stored; UserError if they are not
+    keep  modules stay quantised as they are stored; UserError if none is, whole
     """
     hub, cfg = read_hub_config(directory / "config.json")
     files = open_directory(directory)
     try:
         names = set(files.names())
         if keep:
-            cfg = _kept(cfg, files, names, prefix(hub))
+            cfg = kept(cfg, files, prefix(hub))
         forms, taken = {}, set()
         for rule in rules(cfg):
             forms[rule.name], used = _form(files, names, prefix(hub) + rule.name, rule)
@@ -212,28 +217,6 @@ def check_quantization(quant: object) -> None:
         got = {k: weights.get(k) for k in want} if isinstance(weights, dict) else weights
         if got != want:
             raise UserError(f"quantisation group {name!r} has weights {got}, not {want}")
-
-
-def _kept(cfg: ModelConfig, files: TensorFiles, names: set[str], start: str) -> ModelConfig:
-    """`cfg` with its experts in the form in which the first of them is stored."""
-    first = next((r.name for r in rules(cfg) if ".experts." in r.name), None)
-    if first is None:
-        raise UserError("weights cannot be kept quantised: this model has no experts")
-    form = None
-    if f"{start}{first}_packed" in names:
-        form = Int4Config(group=GROUP)
-    elif files.info(start + first).dtype == "F8_E4M3":
-        form = Fp8Config()
-    if form is None:
-        raise UserError(
-            f"weights cannot be kept quantised: {start}{first} is {files.info(start + first).dtype}"
-        )
-    changes = {
-        f"groups.{i}.layers.{j}.ffn.weights": form
-        for i, group in enumerate(cfg.groups)
-        for j, layer in enumerate(group.layers) if isinstance(layer.ffn, MoEConfig)
-    }
-    return override(cfg, changes)
 
 
 def _form(files: TensorFiles, names: set[str], name: str, rule: Rule) -> tuple[str, set[str]]:

@@ -138,7 +138,9 @@ def plan(source: Source, dtype: np.dtype | None) -> dict[str, Leaf]:
         found = stored_dtype(source, rule, dtype)
         for part in rule.parts:
             shape, lead = shapes[part.leaf].shape, len(part.index)
-            kind = found if dtype is None else leaf_dtype(part.leaf, shapes[part.leaf].dtype, found)
+            kind = found
+            if rule.dtypes or dtype is not None:
+                kind = leaf_dtype(part.leaf, shapes[part.leaf].dtype, found)
             if part.leaf in leaves:
                 if leaves[part.leaf].dtype.itemsize < kind.itemsize:  # layers differ: the widest
                     held = leaves[part.leaf]

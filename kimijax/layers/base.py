@@ -1,5 +1,6 @@
 """The pieces every layer is made of: a projection, a norm, a short convolution."""
 
+import math
 from collections.abc import Callable
 
 import flax.linen as nn
@@ -7,6 +8,8 @@ import jax
 import jax.numpy as jnp
 
 from kimijax.cache import Tokens
+from kimijax.config import FP8_BLOCK, Fp8Config
+from kimijax.ops.fp8 import expand
 from kimijax.ops.norm import rms
 from kimijax.ops.runs import shifts
 
@@ -28,6 +31,28 @@ def fan_in(inputs: int) -> Callable:
     return nn.initializers.normal(inputs**-0.5)
 
 
+def matrix(
+    module: nn.Module,
+    name: str,
+    shape: tuple[int, ...],
+    axes: tuple[str, ...],
+    init: Callable,
+    form: Fp8Config | None,
+    inputs: int = 1,
+) -> jax.Array:
+    """A weight inputs... outputs... as floats, from parameters of the form that a config names.
+
+    inputs  leading dims that are contracted
+    """
+    if form is None:
+        return weight(module, name, shape, axes, init)
+    empty, outputs = nn.initializers.zeros, shape[inputs:]
+    codes = weight(module, f"{name}_codes", shape, axes, empty, jnp.uint8)
+    blocks = -(-math.prod(shape[:inputs]) // FP8_BLOCK)
+    axes = ("input_block", *axes[inputs:])
+    return expand(codes, weight(module, f"{name}_scale", (blocks, *outputs), axes, empty))
+
+
 class Proj(nn.Module):
     """A weight and its einsum: the one place where weights are cast to the activation's dtype."""
 
@@ -35,13 +60,12 @@ class Proj(nn.Module):
     axes: tuple[str, ...]
     inputs: int = 1  # leading dims that are contracted
     init: Callable | None = None
+    form: Fp8Config | None = None  # of the parameters
 
     @nn.compact
     def __call__(self, eqn: str, x: jax.Array) -> jax.Array:
-        fan = 1
-        for size in self.shape[: self.inputs]:
-            fan *= size
-        w = weight(self, "w", self.shape, self.axes, self.init or fan_in(fan))
+        init = self.init or fan_in(math.prod(self.shape[: self.inputs]))
+        w = matrix(self, "w", self.shape, self.axes, init, self.form, self.inputs)
         return jnp.einsum(eqn, x, w.astype(x.dtype))
 
 

@@ -19,10 +19,10 @@ class SwiGLU(nn.Module):
 
     @nn.compact
     def __call__(self, x, tokens: Tokens):
-        d, f = x.shape[-1], self.cfg.width
-        gate = Proj((d, f), ("embed", "ffn"), name="gate")("btd,df->btf", x)
-        up = Proj((d, f), ("embed", "ffn"), name="up")("btd,df->btf", x)
-        down = Proj((f, d), ("ffn", "embed"), name="down")
+        d, f, form = x.shape[-1], self.cfg.width, self.cfg.weights
+        gate = Proj((d, f), ("embed", "ffn"), form=form, name="gate")("btd,df->btf", x)
+        up = Proj((d, f), ("embed", "ffn"), form=form, name="up")("btd,df->btf", x)
+        down = Proj((f, d), ("ffn", "embed"), form=form, name="down")
         return down("btf,fd->btd", jax.nn.silu(gate) * up), {}
 
 
@@ -42,7 +42,8 @@ class MoE(nn.Module):
         gate, up = (self._experts(n, (d, c.width), ("embed", "ffn")) for n in ("gate", "up"))
         down = self._experts("down", (c.width, d), ("ffn", "embed"))
         routed = self.ops.experts(x, ids, w, gate, up, down)
-        shared, _ = SwiGLU(SwiGLUConfig(width=c.shared_width), self.ops, name="shared")(x, tokens)
+        shared = SwiGLUConfig(width=c.shared_width, weights=c.shared_weights)
+        shared, _ = SwiGLU(shared, self.ops, name="shared")(x, tokens)
         return routed + shared, {
             "load": _load(ids, tokens.seg >= 0, c.experts),
             "experts": ids,
@@ -62,7 +63,7 @@ class MoE(nn.Module):
                 kind, rows = Int4, outputs
             case Fp8Config():
                 blocks = -(-inputs // FP8_BLOCK)
-                made = (("codes", inputs, jnp.float8_e4m3fn), ("scale", blocks, jnp.float32))
+                made = (("codes", inputs, jnp.uint8), ("scale", blocks, jnp.float32))
                 kind, rows = Fp8, -(-outputs // FP8_BLOCK)
         axes = ("expert", axes[1], axes[0])
         return kind(*(

@@ -3,11 +3,11 @@
 import flax.linen as nn
 import jax.numpy as jnp
 
-from kernels_pallas.attention import Queries
+from kernels_pallas.attention import Keys, Queries
 from kernels_pallas.partial import Partial, finish, merge
 from kimijax.cache import FAR, Memory, Tokens, place
 from kimijax.config import MLAConfig
-from kimijax.layers.base import Proj, RMSNorm, fan_in, weight
+from kimijax.layers.base import Proj, RMSNorm, fan_in, matrix
 from kimijax.ops.attend import Latents, Ops
 from kimijax.ops.rope import cos_sin, rotate
 
@@ -22,17 +22,17 @@ class MLA(nn.Module):
     def __call__(self, x, tokens: Tokens, memory: Memory | None):
         c, d = self.cfg, x.shape[-1]
         q_nope, q_rope = self._queries(x)
-        latent = Proj((d, c.kv_rank), ("embed", "latent"), name="kv")("btd,dr->btr", x)
+        latent = self._proj("kv", (d, c.kv_rank), ("embed", "latent"))("btd,dr->btr", x)
         latent, k_rope = RMSNorm(c.latent_eps, name="kv_norm")(latent), None
         if c.rope_dim:
-            k_rope = Proj((d, c.rope_dim), ("embed", "head_dim"), name="k_rope")("btd,dp->btp", x)
+            k_rope = self._proj("k_rope", (d, c.rope_dim), ("embed", "head_dim"))("btd,dp->btp", x)
         if c.rope:
             cos, sin = cos_sin(tokens.pos, c.rope)
             q_rope = rotate(q_rope, cos[:, :, None], sin[:, :, None])
             k_rope = rotate(k_rope, cos, sin)
         up = tuple(
-            weight(self, name, (c.kv_rank, c.heads, n), ("latent", "heads", "head_dim"),
-                   fan_in(c.kv_rank))
+            matrix(self, name, (c.kv_rank, c.heads, n), ("latent", "heads", "head_dim"),
+                   fan_in(c.kv_rank), c.weights)
             for name, n in (("w_uk", c.nope_dim), ("w_uv", c.v_dim))
         )
         reach = c.window or FAR
@@ -43,9 +43,8 @@ class MLA(nn.Module):
             new = {"latent": latent} | ({} if k_rope is None else {"k_rope": k_rope})
             memory = memory.write(place(memory.cache, tokens), **new)
         p = attend_all(self.ops, q, kv, up, c.scale, memory)
-        out = Proj((c.heads, c.v_dim, d), ("heads", "head_dim", "embed"), 2, name="out")(
-            "bthv,hvd->btd", finish(p, x.dtype)
-        )
+        out = self._proj("out", (c.heads, c.v_dim, d), ("heads", "head_dim", "embed"), 2)
+        out = out("bthv,hvd->btd", finish(p, x.dtype))
         return out, memory, {"max_logit": p.max_logit.max((0, 1))}
 
     def _queries(self, x):
@@ -54,15 +53,19 @@ class MLA(nn.Module):
         dims = c.nope_dim + c.rope_dim
         name, width = "embed", x.shape[-1]
         if c.q_rank:
-            x = Proj((width, c.q_rank), ("embed", "q_rank"), name="q_down")("btd,dq->btq", x)
+            x = self._proj("q_down", (width, c.q_rank), ("embed", "q_rank"))("btd,dq->btq", x)
             x = RMSNorm(c.latent_eps, name="q_norm")(x)
             name, width = "q_rank", c.q_rank
-        q = Proj((width, c.heads, dims), (name, "heads", "head_dim"), name="q")("btd,dhk->bthk", x)
+        q = self._proj("q", (width, c.heads, dims), (name, "heads", "head_dim"))
+        q = q("btd,dhk->bthk", x)
         return (q[..., : c.nope_dim], q[..., c.nope_dim :] if c.rope_dim else None)
+
+    def _proj(self, name: str, shape: tuple[int, ...], axes: tuple[str, ...], inputs: int = 1):
+        return Proj(shape, axes, inputs, form=self.cfg.weights, name=name)
 
 
 def attend_all(
-    ops: Ops, q: Queries, kv: Latents, up, scale: float, memory: Memory | None
+    ops: Ops, q: Queries, kv: Latents | Keys, up, scale: float, memory: Memory | None
 ) -> Partial:
     """Exact attention to all of the past: the call alone (kv), or every store of its memory."""
     if memory is None:
@@ -81,6 +84,9 @@ def attend_all(
     )
 
 
-def _stored(state, repeat, cache) -> Latents:
+def _stored(state, repeat, cache) -> Latents | Keys:
+    if "head_keys" in state:
+        key, value = state["head_keys"][repeat], state["head_values"][repeat]
+        return Keys(key, value, None, cache.pos, cache.seg)
     k_rope = state["k_rope"][repeat] if "k_rope" in state else None
     return Latents(state["latent"][repeat], k_rope, cache.pos, cache.seg)

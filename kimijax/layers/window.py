@@ -1,4 +1,4 @@
-"""Attention to the last tokens only: cost and cache do not grow with the context."""
+"""Grouped-query attention: to the last tokens (cost and cache do not grow) or to all of them."""
 
 import flax.linen as nn
 import jax
@@ -6,16 +6,17 @@ import jax.numpy as jnp
 
 from kernels_pallas.attention import Keys, Queries
 from kernels_pallas.partial import finish, merge, sink
-from kimijax.cache import Memory, Tokens, keep_last, tile_length
+from kimijax.cache import Memory, Tokens, keep_last, place, tile_length
 from kimijax.config import WindowConfig
 from kimijax.layers.base import Proj, weight
+from kimijax.layers.mla import attend_all
 from kimijax.ops.attend import Ops
 from kimijax.ops.rope import cos_sin, rotate
 from kimijax.ops.runs import tiles, tiles_with_halo
 
 
 class Window(nn.Module):
-    """Grouped-query attention over the last `window` tokens, itself included."""
+    """Over the last `window` tokens, itself included; without a window over all of the past."""
 
     cfg: WindowConfig
     ops: Ops
@@ -32,11 +33,14 @@ class Window(nn.Module):
         if c.rope:
             cos, sin = cos_sin(tokens.pos, c.rope)
             q, key = (_rotate_first(a, cos, sin, c.rope.dim) for a in (q, key))
-        p = self._attend(q, key, value, tokens, memory)
+        if c.window is None:
+            p, memory = self._attend_all(q, key, value, tokens, memory)
+        else:
+            p = self._attend(q, key, value, tokens, memory)
         if c.sink is not None:
             logit = weight(self, "sink", (c.heads,), ("heads",), nn.initializers.constant(c.sink))
             p = merge(p, sink(logit, p))
-        if memory is not None:
+        if memory is not None and c.window is not None:
             memory = memory.put(
                 key=keep_last(memory.get("key"), key, tokens.used),
                 value=keep_last(memory.get("value"), value, tokens.used),
@@ -45,6 +49,15 @@ class Window(nn.Module):
             "bthk,hkd->btd", finish(p, x.dtype)
         )
         return out, memory, {"max_logit": p.max_logit.max((0, 1))}
+
+    def _attend_all(self, q, key, value, tokens, memory):
+        """Keys and values of the call, or of a cache that then holds them."""
+        queries = Queries(q, None, tokens.pos, tokens.seg, jnp.zeros_like(tokens.pos))
+        keys = Keys(key, value, None, tokens.pos, tokens.seg)
+        if memory is not None:
+            at = place(memory.cache, tokens)
+            memory = memory.write(at, head_keys=key, head_values=value)
+        return attend_all(self.ops, queries, keys, (), self.cfg.head_dim**-0.5, memory), memory
 
     def _attend(self, q, key, value, tokens, memory):
         """Tiles of queries against the tile and the window before it."""

@@ -30,19 +30,21 @@ class Latents(NamedTuple):
 
 def attend(
     q: Queries,
-    kv: Latents,
-    up: tuple[jax.Array, jax.Array],
+    kv: Latents | Keys,
+    up: tuple[jax.Array, ...],
     *,
     scale: float,
     impl: str,
     form: str | None = None,
 ) -> Partial:
-    """MLA over latents: out b t h v. `up` is (w_uk r h n, w_uv r h v).
+    """MLA over latents: out b t h v. `up` is (w_uk r h n, w_uv r h v); for plain keys it is ().
 
     form "expanded" re-projects the latents to a key and a value per head; "absorbed" moves both
     projections to the query and the output and attends to the latents as they lie. None picks
     the one with fewer multiplications for these shapes. Same numbers up to rounding.
     """
+    if isinstance(kv, Keys):
+        return attention(q, kv, scale=scale, impl=impl)
     w_uk, w_uv = (w.astype(q.nope.dtype) for w in up)
     if form is None:
         form = _cheaper(q, kv, w_uk.shape, w_uv.shape[-1])

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from kimijax.config import FP8_BLOCK
+from kimijax.ops.fp8 import numbers
 
 LARGEST_TILE = 128
 UNROLLED = 64  # tiles of a row each that are written out and not looped over
@@ -64,7 +65,7 @@ class Int4(NamedTuple):
 class Fp8(NamedTuple):
     """Matrices as the hub stores them: [out, in] float8_e4m3fn, a scale per square block."""
 
-    codes: jax.Array  # e out in
+    codes: jax.Array  # e out in   uint8, its bits
     scale: jax.Array  # e ceil(out/block) ceil(in/block)   multiplied, whatever its hub name says
 
 
@@ -83,7 +84,7 @@ def matrix(experts: Experts, expert: jax.Array, dtype: jnp.dtype) -> jax.Array:
         case Fp8(codes=codes, scale=scale):
             rows, columns = codes.shape[1:]
             spread = jnp.repeat(jnp.repeat(scale[expert], FP8_BLOCK, 0), FP8_BLOCK, 1)
-            return (codes[expert].astype(jnp.float32) * spread[:rows, :columns]).T.astype(dtype)
+            return (numbers(codes[expert]) * spread[:rows, :columns]).T.astype(dtype)
     return experts[expert].astype(dtype)
 
 

@@ -17,6 +17,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from kernels_pallas.attention import Keys
 from kernels_pallas.kda import kda
 from kimijax.cache import FAR, LARGE, Cache, lead_slots, run_length
 from kimijax.config import ModelConfig
@@ -27,7 +28,7 @@ from kimijax.ops.delta import delta_runs
 from kimijax.parallel import blocks, experts, rules
 from kimijax.parallel.attend import STRATEGIES, Axes, check, sharded
 from kimijax.parallel.order import ORDERS, Order, make_order
-from kimijax.parallel.sources import LATENTS
+from kimijax.parallel.sources import HEADS, LATENTS
 from kimijax.parallel.store import dealt_rows, recall
 
 
@@ -123,7 +124,8 @@ def _ops(plan: Plan) -> Ops:
 
     def attend(q, kv, up, *, scale):
         check(axes, plan.strategy, q.nope.shape[2], q.nope.shape[1])
-        return sharded(axes, plan.strategy, LATENTS, impl, scale)(q, kv, up)
+        source = HEADS if isinstance(kv, Keys) else LATENTS
+        return sharded(axes, plan.strategy, source, impl, scale)(q, kv, up)
 
     def spread(x):
         where = NamedSharding(plan.mesh, P(*axes.place(x.shape[:2])))

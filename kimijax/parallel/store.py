@@ -4,16 +4,19 @@ The cache stays where it is. A call's queries are few beside it: they are gather
 attends to its own slots, and one reduction merges the Partials. What is appended goes to its owner.
 """
 
+import dataclasses
 import functools
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
+from kernels_pallas.attention import Keys
 from kernels_pallas.partial import Partial
 from kimijax.cache import Rows
 from kimijax.ops.attend import Latents, attend
 from kimijax.parallel.attend import Axes
+from kimijax.parallel.sources import HEADS, LATENTS
 
 
 def merge_over(p: Partial, axes: tuple[str, ...], scattered: bool) -> Partial:
@@ -44,7 +47,7 @@ def gathered(tree, axes: tuple[str, ...]):
     return jax.tree.map(lambda x: jax.lax.all_gather(x, axes, axis=1, tiled=True), tree)
 
 
-def recall(axes: Axes, impl: str, q, kv: Latents, up, *, scale: float) -> Partial:
+def recall(axes: Axes, impl: str, q, kv: Latents | Keys, up, *, scale: float) -> Partial:
     """`attend` to latents whose slots are dealt over devices; queries lie there, or everywhere."""
     rows, dealt = axes.place(q.pos.shape)
     spec = lambda *more: P(rows, dealt, *more)  # noqa: E731
@@ -52,10 +55,11 @@ def recall(axes: Axes, impl: str, q, kv: Latents, up, *, scale: float) -> Partia
     of_q = q._replace(
         nope=heads, rope=None if q.rope is None else heads, pos=spec(), seg=spec(), since=spec()
     )
-    of_kv = jax.tree.map(lambda _: P(rows, axes.tokens), kv)
+    source = HEADS if isinstance(kv, Keys) else LATENTS
+    of_kv, of_up = source.specs(dataclasses.replace(axes, rows=rows or ()), kv, up)
 
     @functools.partial(
-        jax.shard_map, mesh=axes.mesh, in_specs=(of_q, of_kv, (P(None, axes.heads),) * 2),
+        jax.shard_map, mesh=axes.mesh, in_specs=(of_q, of_kv, of_up),
         out_specs=Partial(heads, heads, heads), check_vma=False,
     )
     def local(q, kv, up):

@@ -1,0 +1,37 @@
+"""The checkpoint that a command reads: how its weights are held, and what could not be kept."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from kimijax.convert.load import Loaded
+
+DTYPES = ("float32", "bfloat16")
+
+
+def add_weights(parser: argparse.ArgumentParser) -> None:
+    """The option --weights."""
+    parser.add_argument(
+        "--weights", choices=("expand", "keep"), default="expand",
+        help="keep: quantised weights stay as stored and are expanded where they are used",
+    )
+
+
+def load_checkpoint(args: argparse.Namespace) -> "Loaded":
+    """The model of --checkpoint, --dtype and --weights; stderr says what was not kept quantised."""
+    from kimijax.convert.load import load
+
+    loaded = load(args.checkpoint, args.dtype, keep=args.weights == "keep")
+    if loaded.expanded:
+        print(not_kept(loaded.expanded), file=sys.stderr)
+    return loaded
+
+
+def not_kept(names: Sequence[str]) -> str:
+    """A line about quantised tensors that were expanded though they were to be kept."""
+    return (
+        f"{len(names)} quantised matrices were expanded, such as {names[0]}: MLA, an MLP or the "
+        "experts are kept where all of their matrices are stored alike, in all layers of a group"
+    )
