@@ -157,7 +157,8 @@ class Memory(NamedTuple):
         return self._replace(state=self.state | state)
 
 
-LARGE = ("latent", "k_rope", "keys", "head_keys", "head_values")  # states with numbers for every slot: dealt over devices
+# States with numbers for every slot: dealt over devices.
+LARGE = ("latent", "k_rope", "keys", "head_keys", "head_values")
 
 
 def lead_slots(cfg: ModelConfig) -> int:

@@ -109,7 +109,9 @@ def _attention(q, kv, scale):
 
 
 def _fwd(q, kv, scale):
-    p = _forward(q, kv, scale)
+    # Under a scan over layers, jax would compute what positions alone decide once for all of them:
+    # the masks of all tile pairs, kept in memory. The barrier ties them to the layer.
+    p = _forward(*jax.lax.optimization_barrier((q, kv)), scale)
     return p, (q, kv, p.out, p.lse)
 
 

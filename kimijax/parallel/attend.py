@@ -290,7 +290,9 @@ def sharded(axes: Axes, strategy: str, source: Source, impl: str, scale: float) 
         return forward(q, kv, up)
 
     def fwd(q, kv, up):
-        p = forward(q, kv, up)
+        # Under a scan over layers, jax would compute what positions alone decide once for all of
+        # them: the masks of all hops, kept in memory. The barrier ties them to the layer.
+        p = forward(*jax.lax.optimization_barrier((q, kv, up)))
         return p, (q, kv, up, p.out, p.lse)
 
     def bwd(residuals, cotangent):
