@@ -41,16 +41,16 @@ class Plan:
     strategy: str = "ring"  # of attention without a cache: or gather, ulysses
     train: bool = False  # weights are dealt over data and seq as well
     impl: str = "xla"
-    experts: str = "tiled"  # or ragged, for a TPU
+    experts: str | None = None  # tiled or ragged; None: what is fast on the mesh's devices
     exact: bool = False
 
     def __post_init__(self):
         for what, value, known in (
             ("order", self.order, ORDERS), ("strategy", self.strategy, STRATEGIES),
-            ("experts", self.experts, tuple(EXPERTS)),
+            ("experts", self.experts, (None, *EXPERTS)),
         ):
             if value not in known:
-                raise UserError(f"{what} {value!r:.40}: there are {', '.join(known)}")
+                raise UserError(f"{what} {value!r:.40}: there are {', '.join(filter(None, known))}")
 
     @property
     def axes(self) -> Axes:
@@ -121,6 +121,8 @@ class Arranged:
 @functools.lru_cache(maxsize=32)
 def _ops(plan: Plan) -> Ops:
     axes, impl = plan.axes, plan.impl
+    on_tpu = plan.mesh.devices.flat[0].platform == "tpu"
+    compute = EXPERTS[plan.experts or ("ragged" if on_tpu else "tiled")]
 
     def attend(q, kv, up, *, scale):
         check(axes, plan.strategy, q.nope.shape[2], q.nope.shape[1])
@@ -143,7 +145,7 @@ def _ops(plan: Plan) -> Ops:
         top_blocks=partial(blocks.top_blocks, axes, impl),
         delta=_apart(axes, partial(delta_runs, impl=impl)),
         kda=_apart(axes, partial(kda, impl=impl), dealt=False),
-        experts=partial(experts.experts, axes, EXPERTS[plan.experts]),
+        experts=partial(experts.experts, axes, compute),
         rows=dealt_rows(axes),
         exact=plan.exact,
         spread=spread,
