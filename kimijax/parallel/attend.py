@@ -135,7 +135,7 @@ def ring_forward(at: Local, q, kv, up) -> Partial:
     def hop(carry, _):
         acc, kv = carry
         coming = send(at, kv)
-        return (use(acc, kv), coming), None
+        return in_turn((use(acc, kv), coming)), None
 
     start = (empty(q.nope.shape[:3], width), kv)
     (acc, kv), _ = jax.lax.scan(hop, start, length=at.axes.ways - 1, unroll=_unroll(at))
@@ -146,25 +146,28 @@ def ring_backward(at: Local, q, kv, up, lse, d_out, delta):
     """Gradients of latents travel one hop behind their latents and arrive home.
 
     The gradient that comes in belongs to the visitor that is here: its send and that of the next
-    visitor both overlap with the work on this one.
+    visitor both overlap with the work on this one, which adds to it only afterwards.
     """
+    none = zeros_like(floats_of(kv))
 
     def use(kv, d_q, d_kv, d_up):
         def work():
-            return add((d_q, d_kv, d_up), at.grads_of(kv, up, q, lse, d_out, delta))
+            own_q, own_kv, own_up = at.grads_of(kv, up, q, lse, d_out, delta)
+            return add(d_q, own_q), own_kv, add(d_up, own_up)
 
-        return jax.lax.cond(overlap(q, kv), work, lambda: (d_q, d_kv, d_up))
+        d_q, own, d_up = jax.lax.cond(overlap(q, kv), work, lambda: (d_q, none, d_up))
+        return d_q, add(d_kv, own), d_up
 
     def hop(carry, _):
         kv, d_q, d_kv, d_up = carry
         coming = send(at, kv)
-        return (coming, *use(kv, d_q, d_kv, d_up)), None
+        return in_turn((coming, *use(kv, d_q, d_kv, d_up))), None
 
     def lagged(carry, x):
         kv, d_q, d_kv, d_up = carry
         return hop((kv, d_q, send(at, d_kv), d_up), x)
 
-    start = (kv, zeros_like((q.nope, q.rope)), zeros_like(floats_of(kv)), zeros_like(up))
+    start = (kv, zeros_like((q.nope, q.rope)), none, zeros_like(up))
     if at.axes.ways > 1:
         start, _ = hop(start, None)
     carry, _ = jax.lax.scan(lagged, start, length=max(at.axes.ways - 2, 0), unroll=_unroll(at))
@@ -180,6 +183,15 @@ def send(at: Local, tree):
     ways = at.axes.ways
     hops = [(i, (i + 1) % ways) for i in range(ways)]
     return jax.tree.map(lambda x: jax.lax.ppermute(x, at.names, hops), tree)
+
+
+def in_turn(carry):
+    """What a hop leaves, all of it before the next begins.
+
+    Sends depend on sends alone: the compiler of TPUs would do those of several hops in a row, and
+    attend to what they brought when there is nothing left to hide them.
+    """
+    return jax.lax.optimization_barrier(carry)
 
 
 def _unroll(at: Local) -> int:
