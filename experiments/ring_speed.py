@@ -161,7 +161,8 @@ def main(args: argparse.Namespace) -> int:
         whole[name] = (jax.jit(both_passes(f)), dealt)
         got = whole[name][0](*dealt)
         want = want or got
-        print(f"{name}: at most {worst(got, want, np.argsort(places)):.1e} from {next(iter(sides))}")
+        error = worst(got, want, np.argsort(places))
+        print(f"{name}: output and gradients at most {error:.1e} from {next(iter(sides))}")
     for title, calls in (("forward", forward), ("forward + backward", whole)):
         times = rounds(calls, args.rounds)
         best = min(t for name, t in times.items() if name.startswith("ringattention"))
