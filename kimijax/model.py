@@ -39,9 +39,11 @@ class Model(nn.Module):
                                                   ("vocab", "embed")),
             (c.vocab, c.width), jnp.float32,
         )
+        # Layers are computed again in the backward pass: what is kept of one is its input.
+        group = nn.remat(Group, prevent_cse=False) if self.ops.remat else Group
         self.groups = [
             nn.scan(
-                Group,
+                group,
                 variable_axes={"params": 0, "intermediates": 0},
                 split_rngs={"params": True},
                 in_axes=nn.broadcast,

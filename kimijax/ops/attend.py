@@ -109,6 +109,7 @@ class Ops:
     experts: Callable[..., jax.Array]
     rows: Rows = ROWS
     exact: bool = False  # compressed layers read all of the past instead of chosen blocks
+    remat: bool = False  # gradients compute layers a second time, and keep their inputs alone
     spread: Callable[[jax.Array], jax.Array] = lambda x: x  # activations b t ... to their place
     runs: Callable[[int, int, int], int] = lambda t, run, least: 1  # pieces of a row of t tokens
 

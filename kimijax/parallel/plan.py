@@ -45,6 +45,7 @@ class Plan:
     impl: str = "xla"
     experts: str | None = None  # tiled or ragged; None: what is fast on the mesh's devices
     exact: bool = False
+    remat: bool = False  # gradients compute layers a second time, and keep their inputs alone
 
     def __post_init__(self):
         for what, value, known in (
@@ -153,6 +154,7 @@ def _ops(plan: Plan) -> Ops:
         experts=partial(experts.experts, axes, compute),
         rows=dealt_rows(axes),
         exact=plan.exact,
+        remat=plan.remat,
         spread=spread,
         runs=runs,
     )
