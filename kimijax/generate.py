@@ -18,6 +18,7 @@ from kimijax.infer import check_tokens
 from kimijax.model import Model
 from kimijax.ops.attend import Ops
 from kimijax.ops.rope import MAX_POSITION
+from kimijax.parallel.plan import Plan
 from kimijax.sampling import Sampling, knobs, row_keys, sample
 
 LARGEST_CHUNK = 2048
@@ -25,17 +26,37 @@ GREEDY = Sampling(temperature=0.0)
 
 
 class Decoder:
-    """Compiled programs of one model: a chunk of every prompt, and a token of every row."""
+    """Compiled programs of one model: a chunk of every prompt, and a token of every row.
 
-    def __init__(self, cfg: ModelConfig, ops: Ops, dtype: jnp.dtype):
-        self.cfg = cfg
+    plan  whose ops these are; the cache is dealt as it says. None: one device
+    """
+
+    def __init__(self, cfg: ModelConfig, ops: Ops, dtype: jnp.dtype, plan: Plan | None = None):
+        self.cfg, self.dtype, self.plan = cfg, dtype, plan
         self.model = Model(cfg, ops, dtype)
         self.prefill = jax.jit(self._prefill, donate_argnums=1)
         self.step = jax.jit(self._step, donate_argnums=(1, 3))
         self.pick = jax.jit(self._pick, donate_argnums=1)
-        self.empty = jax.jit(
-            functools.partial(empty_cache, cfg, dtype=dtype), static_argnums=(0, 1)
-        )
+        self.empty = jax.jit(self._empty, static_argnums=(0, 1))
+
+    @property
+    def ways(self) -> int:
+        """Devices over which a row is dealt."""
+        return 1 if self.plan is None else self.plan.ways
+
+    @property
+    def rows(self) -> int:
+        """Rows of a call are a multiple of this."""
+        return 1 if self.plan is None else self.plan.mesh.shape["data"]
+
+    def _empty(self, rows, capacity):
+        return self._dealt(empty_cache(self.cfg, rows, capacity, self.dtype, self.ways))
+
+    def _dealt(self, cache: Cache) -> Cache:
+        """The cache where the plan wants it: its donated arrays are used again as they lie."""
+        if self.plan is None:
+            return cache
+        return jax.lax.with_sharding_constraint(cache, self.plan.cache_shardings(cache))
 
     def _prefill(self, params, cache, ids, live):
         """The first live[row] of ids b t of every row: (cache, logits b v of each row's last)."""
@@ -44,7 +65,7 @@ class Decoder:
         out = self.model.apply(params, ids, None, seg, cache=cache, aligned=True)
         last = jnp.maximum(live - 1, 0)[:, None, None]
         hidden = jnp.take_along_axis(out.hidden, last, 1)[:, 0]
-        return out.cache, self.model.apply(params, hidden, method="head")
+        return self._dealt(out.cache), self.model.apply(params, hidden, method="head")
 
     def _step(self, params, cache, token, seen, how, seed, step):
         """Read a token of every row and choose the next: (token b, cache, seen)."""
@@ -52,7 +73,7 @@ class Decoder:
         out = self.model.apply(params, token[:, None], cache=cache, fresh=fresh)
         logits = self.model.apply(params, out.hidden[:, 0], method="head")
         token, seen = self._pick(logits, seen, how, seed, step)
-        return token, out.cache, seen
+        return token, self._dealt(out.cache), seen
 
     def _pick(self, logits, seen, how, seed, step):
         """The next token of every row, marked in `seen` (b v bool; None: nothing asks for it)."""
@@ -62,9 +83,9 @@ class Decoder:
 
 
 @functools.cache
-def decoder(cfg: ModelConfig, ops: Ops, dtype: jnp.dtype) -> Decoder:
+def decoder(cfg: ModelConfig, ops: Ops, dtype: jnp.dtype, plan: Plan | None = None) -> Decoder:
     """The Decoder of these arguments, made once, so that its programs are compiled once."""
-    return Decoder(cfg, ops, dtype)
+    return Decoder(cfg, ops, dtype, plan)
 
 
 def generate(
@@ -79,9 +100,11 @@ def generate(
     prompts  1-D token arrays, each at least one long; UserError for tokens outside the vocabulary
              and where no position would be left for the last new token
     """
-    how, seed = knobs([sampling] * len(prompts)), np.uint32(sampling.seed)
     for prompt in prompts:
         check_tokens(programs.cfg, np.asarray(prompt))
+    asked = len(prompts)
+    prompts = [*prompts, *[np.zeros(0, np.int32)] * (-asked % programs.rows)]
+    how, seed = knobs([sampling] * len(prompts)), np.uint32(sampling.seed)
     cache, logits = read_prompts(programs, params, prompts, new)
     seen = None
     if sampling.repetition_penalty != 1.0:
@@ -91,7 +114,7 @@ def generate(
         seen = jnp.asarray(marks)
     token, seen = programs.pick(logits, seen, how, seed, np.int32(0))
     for i in range(new):
-        yield np.asarray(token)
+        yield np.asarray(token)[:asked]
         if i + 1 < new:
             token, cache, seen = programs.step(
                 params, cache, token, seen, how, seed, np.int32(i + 1)
@@ -101,10 +124,13 @@ def generate(
 def read_prompts(
     programs: Decoder, params: dict, prompts: list[np.ndarray], room: int
 ) -> tuple[Cache, jax.Array]:
-    """A cache that holds the prompts with `room` free slots a row, and the logits after each."""
+    """A cache that holds the prompts with `room` free slots a row, and the logits after each.
+
+    A prompt of no tokens is a row of padding, whose logits mean nothing.
+    """
     lengths = np.array([len(p) for p in prompts])
     check_room(int(lengths.max()), room)
-    chunk = chunk_length(programs.cfg, int(lengths.max()))
+    chunk = chunk_length(programs.cfg, int(lengths.max()), programs.ways)
     capacity = max(chunk, int(lengths.max()) + room)
     cache, logits = programs.empty(len(prompts), capacity), None
     for start in range(0, int(lengths.max()), chunk):
@@ -126,8 +152,8 @@ def check_room(longest: int, new: int) -> None:
         )
 
 
-def chunk_length(cfg: ModelConfig, longest: int) -> int:
-    """Tokens of a prefill call: a multiple of the model's run near the prompt's length."""
-    run = run_length(cfg)
+def chunk_length(cfg: ModelConfig, longest: int, ways: int = 1) -> int:
+    """Tokens of a prefill call: a multiple of a run for each device, near the prompt's length."""
+    run = run_length(cfg) * ways
     size = min(LARGEST_CHUNK, 1 << max(4, (longest - 1).bit_length()))
     return -(-size // run) * run

@@ -4,11 +4,13 @@
   kimijax generate --checkpoint DIR --tokens IN.npy --out OUT.npy --max_new 16
 IN is int32 [B, T]; OUT is int32 [B, T + N], the prompt first. Text is printed as it comes, until
 an end token of the checkpoint or a --stop. Without --temperature the likeliest token is taken.
+With --mesh the prompt and its cache lie on several devices.
 """
 
 import argparse
 
 from kimijax.commands.checkpoint import DTYPES, add_weights, load_checkpoint
+from kimijax.commands.mesh import add_mesh, placed, plan_of
 from kimijax.commands.paths import path
 
 
@@ -35,6 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--stop_ids", type=_ids, default=(), metavar="ID[,ID...]", help="end at these tokens")
     add("--dtype", choices=DTYPES, default="float32", help="of weights and activations")
     add_weights(parser)
+    add_mesh(parser)
 
 
 def _ids(text: str) -> tuple[int, ...]:
@@ -60,30 +63,28 @@ def main(args: argparse.Namespace) -> int:
         temperature=args.temperature, top_k=args.top_k, top_p=args.top_p, min_p=args.min_p,
         repetition_penalty=args.repetition_penalty, seed=args.seed,
     )
-    return (_text if args.tokens is None else _arrays)(args, sampling)
+    return (_text if args.tokens is None else _arrays)(args, sampling, plan_of(args))
 
 
-def _arrays(args: argparse.Namespace, sampling) -> int:
+def _arrays(args: argparse.Namespace, sampling, plan) -> int:
     """Token arrays in, token arrays out; a row that met a stop id repeats it to its end."""
     from pathlib import Path
 
-    import jax.numpy as jnp
     import numpy as np
     from tqdm import tqdm
 
     from kimijax.commands.arrays import new_array, read_tokens
     from kimijax.convert.load import read_config
-    from kimijax.generate import check_room, decoder, generate
-    from kimijax.ops.attend import local
+    from kimijax.generate import check_room, generate
 
     ids = read_tokens(args.tokens, read_config(Path(args.checkpoint)).vocab)
     rows, length = ids.shape
     check_room(length, args.max_new)
     with new_array(args.out, (rows, length + args.max_new), np.int32) as out:
         loaded = load_checkpoint(args)
-        programs = decoder(loaded.cfg, local(), jnp.dtype(args.dtype))
+        programs, params = _programs(args, loaded, plan)
         out[:, :length] = ids
-        tokens = generate(programs, loaded.params, list(ids), args.max_new, sampling)
+        tokens = generate(programs, params, list(ids), args.max_new, sampling)
         stopped = np.zeros(rows, bool)
         for i, token in enumerate(tqdm(tokens, total=args.max_new, unit="tok")):
             out[:, length + i] = np.where(stopped, out[:, length + i - 1], token)
@@ -94,22 +95,19 @@ def _arrays(args: argparse.Namespace, sampling) -> int:
     return 0
 
 
-def _text(args: argparse.Namespace, sampling) -> int:
+def _text(args: argparse.Namespace, sampling, plan) -> int:
     """Text in, text on the terminal as it comes."""
-    import jax.numpy as jnp
-
     from kimijax.data.tokenizer import StreamDecoder, load_tokenizer
-    from kimijax.generate import decoder, generate
-    from kimijax.ops.attend import local
+    from kimijax.generate import generate
     from kimijax.sampling import StopStream
 
     tokenizer = load_tokenizer(args.checkpoint)
     prompt = _encoded(args, tokenizer)
     loaded = load_checkpoint(args)
-    programs = decoder(loaded.cfg, local(), jnp.dtype(args.dtype))
+    programs, params = _programs(args, loaded, plan)
     ends = {*args.stop_ids, *tokenizer.eos}
     pieces, stops = StreamDecoder(tokenizer), StopStream(args.stop)
-    for token in generate(programs, loaded.params, [prompt], args.max_new, sampling):
+    for token in generate(programs, params, [prompt], args.max_new, sampling):
         if int(token[0]) in ends:
             break
         print(stops.push(pieces.push(int(token[0]))), end="", flush=True)
@@ -119,6 +117,16 @@ def _text(args: argparse.Namespace, sampling) -> int:
         print(stops.push(pieces.finish()) + stops.finish(), end="")
     print()
     return 0
+
+
+def _programs(args: argparse.Namespace, loaded, plan):
+    """(compiled programs, params) of a loaded model, on one device or where the plan says."""
+    import jax.numpy as jnp
+
+    from kimijax.generate import decoder
+
+    ops, params = placed(plan, loaded)
+    return decoder(loaded.cfg, ops, jnp.dtype(args.dtype), plan), params
 
 
 def _encoded(args: argparse.Namespace, tokenizer):

@@ -1,0 +1,70 @@
+"""The options that put a model on several devices, shared by the commands that run one."""
+
+from __future__ import annotations
+
+import argparse
+import math
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from kimijax.convert.load import Loaded
+    from kimijax.ops.attend import Ops
+    from kimijax.parallel.plan import Plan
+
+VIRTUAL = 512  # devices a CPU host stands in for at most; each costs threads and memory
+
+
+def add_mesh(parser: argparse.ArgumentParser) -> None:
+    """--mesh, of a command that runs a model."""
+    parser.add_argument(
+        "--mesh", metavar="AXIS=N[,AXIS=N...]",
+        help="devices by axis, as data=1,seq=4,expert=2 (axes data, seq, expert, tensor); a CPU "
+        "host stands in for as many as are asked for. Default: one device",
+    )
+
+
+def add_layout(parser: argparse.ArgumentParser) -> None:
+    """--order and --strategy, of a command that reads whole rows without a cache."""
+    add = parser.add_argument
+    add("--order", help="of a row's tokens over the devices of --mesh: contiguous (default), "
+        "zigzag or striped")
+    add("--strategy", help="of attention on --mesh: ring (default), gather or ulysses")
+
+
+def plan_of(args: argparse.Namespace) -> Plan | None:
+    """The Plan that the options ask for; None: one device. UserError: it cannot be had here."""
+    from kimijax.errors import UserError
+    from kimijax.parallel.mesh import make_mesh, parse_mesh
+    from kimijax.parallel.plan import Plan
+
+    asked = {name: getattr(args, name, None) for name in ("order", "strategy")}
+    asked = {name: value for name, value in asked.items() if value is not None}
+    if args.mesh is None:
+        if asked:
+            raise UserError(f"--{min(asked)} is about several devices: it needs --mesh")
+        return None
+    sizes = parse_mesh(args.mesh)
+    _show_cpu_devices(math.prod(sizes.values()))
+    return Plan(make_mesh(sizes), **asked)
+
+
+def placed(plan: Plan | None, loaded: Loaded) -> tuple[Ops, dict]:
+    """The operations and the params of a loaded model, on one device or where the plan says."""
+    import jax
+
+    from kimijax.ops.attend import local
+
+    if plan is None:
+        return local(), loaded.params
+    return plan.ops(), jax.device_put(loaded.params, plan.shardings(loaded.cfg))
+
+
+def _show_cpu_devices(count: int) -> None:
+    """Let a CPU host show so many devices; other platforms show their own, whatever this says."""
+    import jax
+
+    if jax.config.jax_num_cpu_devices < count <= VIRTUAL:
+        try:
+            jax.config.update("jax_num_cpu_devices", count)
+        except RuntimeError:
+            pass  # jax has begun: the mesh is made of the devices it has, or refused

@@ -1,0 +1,114 @@
+"""`kimijax logits` and `generate` with --mesh: one device's answers, and what is refused."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import jax
+import numpy as np
+import pytest
+
+from kimijax import cli
+from kimijax.errors import UserError
+from kimijax.parallel.mesh import make_mesh
+from tests.conftest import assert_close
+
+GOLDENS = Path(__file__).parents[1] / "goldens"
+K2, LINEAR = "k2_tiny", "kimi_linear_tiny"
+
+
+def answers(name):
+    with np.load(GOLDENS / name / "io.npz") as held:
+        return dict(held)
+
+
+@pytest.fixture
+def kimijax(monkeypatch, capsys):
+    """Run the command line in this process: (exit code, stderr)."""
+
+    def run(*args):
+        monkeypatch.setattr(sys, "argv", ["kimijax", *map(str, args)])
+        with pytest.raises(SystemExit) as stop:
+            cli.run()
+        return stop.value.code or 0, capsys.readouterr().err
+
+    return run
+
+
+@pytest.mark.parametrize(
+    "name, rows, options",
+    [  # an odd number of rows leaves one of padding; 150 tokens leave some too
+        (K2, 1, ("--mesh", "data=2,seq=2,expert=2", "--order", "zigzag")),
+        (LINEAR, 2, ("--mesh", "seq=4,tensor=2", "--order", "striped")),
+    ],
+)
+def test_logits_are_those_of_one_device(name, rows, options, kimijax, tmp_path):
+    known = answers(name)
+    np.save(tmp_path / "in.npy", known["input_ids"][:rows])
+    code, errors = kimijax("logits", "--checkpoint", GOLDENS / name, "--tokens",
+                           tmp_path / "in.npy", "--out", tmp_path / "out.npy", *options)
+    assert code == 0, errors
+    assert_close(np.load(tmp_path / "out.npy"), known["logits"][:rows])
+
+
+@pytest.mark.parametrize(
+    "name, rows, mesh", [(K2, 2, "seq=4,expert=2"), (LINEAR, 1, "data=2,seq=2,expert=2")]
+)
+def test_greedy_tokens_are_those_of_one_device(name, rows, mesh, kimijax, tmp_path):
+    known = answers(name)
+    np.save(tmp_path / "in.npy", known["gen_prompt"][:rows])
+    code, errors = kimijax("generate", "--checkpoint", GOLDENS / name, "--tokens",
+                           tmp_path / "in.npy", "--out", tmp_path / "out.npy", "--max_new", 16,
+                           "--mesh", mesh)
+    assert code == 0, errors
+    got = np.load(tmp_path / "out.npy")[:, -16:]
+    np.testing.assert_array_equal(got, known["gen_tokens"][:rows])
+
+
+def test_a_cpu_host_stands_in_for_the_devices_of_a_mesh(tmp_path):
+    known = answers(K2)
+    np.save(tmp_path / "in.npy", known["input_ids"][:1])
+    flags = [f for f in os.environ["XLA_FLAGS"].split() if "device_count" not in f]
+    done = subprocess.run(
+        [sys.executable, "-c", "from kimijax.cli import run; run()", "logits", "--checkpoint",
+         GOLDENS / K2, "--tokens", "in.npy", "--out", "out.npy", "--mesh", "seq=2"],
+        cwd=tmp_path, capture_output=True, text=True, timeout=300,
+        env=os.environ | {"XLA_FLAGS": " ".join(flags), "PYTHONPATH": str(GOLDENS.parents[1])},
+    )
+    assert done.returncode == 0, done.stderr
+    assert_close(np.load(tmp_path / "out.npy"), known["logits"][:1])
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (("--mesh", "seq"), "mesh 'seq': 'seq' is no axis; write it as seq=8,expert=2"),
+        (("--mesh", "seq=0"), "'seq=0' is no axis"),
+        (("--mesh", "row=2"), "'row=2' is no axis"),
+        (("--mesh", "seq=2,seq=2"), "seq is there twice"),
+        (("--mesh", "tensor=3"), "no multiple of tensor = 3; choose a smaller axis"),
+        (("--mesh", "expert=7"), "no multiple of expert = 7; choose a smaller axis"),
+        (("--mesh", "seq=999999"), "needs 999999 devices"),
+        (("--mesh", "seq=2", "--order", "x"), "order 'x': there are contiguous, zigzag, striped"),
+        (("--mesh", "seq=2", "--strategy", "x"), "strategy 'x': there are ring, gather, ulysses"),
+        (("--mesh", "seq=8", "--strategy", "ulysses"), "choose another strategy"),
+        (("--order", "zigzag"), "--order is about several devices: it needs --mesh"),
+    ],
+)
+def test_a_mesh_that_cannot_be_is_one_line_and_exit_code_2(options, message, kimijax, tmp_path):
+    np.save(tmp_path / "in.npy", np.zeros((1, 4), np.int32))
+    code, errors = kimijax("logits", "--checkpoint", GOLDENS / K2, "--tokens", tmp_path / "in.npy",
+                           "--out", tmp_path / "out.npy", *options)
+    assert code == 2
+    lines = [line for line in errors.splitlines() if "error:" in line]
+    assert len(lines) == 1 and message in lines[0], errors
+    assert "Traceback" not in errors and [p.name for p in tmp_path.iterdir()] == ["in.npy"]
+
+
+def test_devices_that_are_not_there_are_not_made_up():
+    chips = [SimpleNamespace(platform="tpu")] * 4
+    with pytest.raises(UserError, match=r"needs 8 devices, there are 4 \(tpu\); choose smaller"):
+        make_mesh({"seq": 8}, chips)
+    assert make_mesh({"seq": 4}, jax.devices()).size == 4

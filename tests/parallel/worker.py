@@ -1,0 +1,138 @@
+"""What test_processes.py runs in each of two processes, and in one for the answer wanted.
+
+python -m tests.parallel.worker PORT INDEX OUT: OUT/got.npz from process 0; then both go on
+training until process 1 kills itself.
+"""
+
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from kimijax.cache import empty_cache
+from kimijax.config import GroupConfig, KDAConfig, LayerConfig, MLAConfig, ModelConfig, SwiGLUConfig
+from kimijax.model import Model, abstract_params
+from kimijax.ops.attend import local
+from kimijax.parallel.mesh import make_mesh
+from kimijax.parallel.plan import Plan
+from kimijax.parallel.processes import join
+from kimijax.train import TrainState, make_step
+
+TOKENS, CHUNK = 72, 32  # two chunks and decoding; a row that is padded on eight devices
+
+
+def config() -> ModelConfig:
+    """One MLA and one KDA layer."""
+    mla = MLAConfig(heads=2, q_rank=None, kv_rank=8, nope_dim=8, rope_dim=0, v_dim=8, rope=None)
+    kda = KDAConfig(heads=2, head_dim=8, conv=4, gate_rank=8)
+    ffn = SwiGLUConfig(width=16)
+    layers = tuple(LayerConfig(mixer=mixer, ffn=ffn) for mixer in (mla, kda))
+    return ModelConfig(vocab=32, width=16, groups=(GroupConfig(layers=layers),), embed_std=1.0)
+
+
+class Job:
+    """The same work on one device (plan None) or on a plan's, results as numpy arrays."""
+
+    def __init__(self, plan: Plan | None, params):
+        self.plan, self.cfg = plan, config()
+        self.model = Model(self.cfg, local() if plan is None else plan.ops())
+        ids = np.random.default_rng(1).integers(0, 32, (1, TOKENS)).astype(np.int32)
+        self.ids = ids
+        self.call, self.restore, self.runs = {"ids": ids}, lambda x: x, None
+        if plan is not None:
+            self.call, arranged = plan.arrange(self.cfg, ids)
+            self.runs, self.restore = self.call.pop("runs"), arranged.restore
+            params = self.everywhere(params, plan.shardings(self.cfg))
+        optimizer = optax.sgd(0.1)
+        self.state = TrainState(self.whole(np.int32(0)), params, optimizer.init(params))
+        self.step = make_step(self.loss, optimizer, 0.0)
+
+    def everywhere(self, tree, shardings):
+        """Host arrays that every process has -> global arrays."""
+        return jax.tree.map(
+            lambda x, s: jax.make_array_from_callback(x.shape, s, lambda at: np.asarray(x)[at]),
+            tree, shardings,
+        )
+
+    def whole(self, x):
+        """A host array, on every device."""
+        if self.plan is None:
+            return jnp.asarray(x)
+        spec = jax.sharding.NamedSharding(self.plan.mesh, jax.sharding.PartitionSpec())
+        return self.everywhere(x, spec)
+
+    def back(self, tree):
+        """Global arrays -> host arrays, whole."""
+        if self.plan is None:
+            return jax.tree.map(np.asarray, tree)
+        spec = jax.sharding.NamedSharding(self.plan.mesh, jax.sharding.PartitionSpec())
+        return jax.tree.map(np.asarray, jax.jit(lambda x: x, out_shardings=spec)(tree))
+
+    def loss(self, params, batch):
+        out = self.model.apply(params, **batch, runs=self.runs)
+        hidden = self.restore(out.hidden)
+        return jnp.mean(jnp.sin(hidden)), ({"hidden": hidden}, out.aux)
+
+    def train(self):
+        """One step: (hidden states before it, params after it)."""
+        batch = {name: self.whole(x) for name, x in self.call.items()}
+        self.state, metrics = self.step(self.state, batch)
+        return metrics["hidden"], self.state.params
+
+    def read(self):
+        """Hidden states of the row read in chunks and token by token, with the trained params."""
+        ways = 1 if self.plan is None else self.plan.ways
+        make = lambda: empty_cache(self.cfg, 1, TOKENS, ways=ways)  # noqa: E731
+        where = None if self.plan is None else self.plan.cache_shardings(jax.eval_shape(make))
+        cache, found = jax.jit(make, out_shardings=where)(), []
+        apply = jax.jit(self.extend, static_argnames="aligned", donate_argnums=2)
+        for at, length in ((0, CHUNK), (CHUNK, CHUNK), *((2 * CHUNK + i, 1) for i in range(3))):
+            ids = self.whole(self.ids[:, at : at + length])
+            hidden, cache = apply(self.state.params, ids, cache, aligned=length == CHUNK)
+            found.append(self.back(hidden))
+        return np.concatenate(found, 1)
+
+    def extend(self, params, ids, cache, aligned):
+        out = self.model.apply(params, ids, cache=cache, aligned=aligned)
+        return out.hidden, out.cache
+
+
+def results(job: Job) -> dict[str, np.ndarray]:
+    """Everything the job computes, by name."""
+    hidden, params = job.train()
+    leaves = {f"param{i}": x for i, x in enumerate(jax.tree.leaves(job.back(params)))}
+    return {"whole": job.back(hidden), **leaves, "cached": job.read()}
+
+
+def initial_params():
+    """Fixed random weights, on the host."""
+    rng = np.random.default_rng(0)
+    shapes = nn.unbox(abstract_params(Model(config(), local())))
+    return jax.tree.map(lambda x: (rng.normal(size=x.shape) * 0.3).astype(np.float32), shapes)
+
+
+def main(port: str, index: int, out: Path) -> None:
+    """One of the two processes."""
+    jax.config.update("jax_num_cpu_devices", 4)
+    join(f"127.0.0.1:{port}", 2, index, patience=60, heartbeat=10)
+    job = Job(Plan(make_mesh({"seq": 8})), initial_params())
+    got = results(job)
+    if index == 0:
+        np.savez(out / "part.npz", **got)
+        (out / "part.npz").rename(out / "got.npz")
+    for step in range(10_000):
+        jax.block_until_ready(job.train())
+        if index == 1 and step == 3:
+            (out / "killed").write_text(str(time.time()))
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], int(sys.argv[2]), Path(sys.argv[3]))
