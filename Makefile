@@ -1,4 +1,4 @@
-# make env | test | run | lint | parity | clean.  Extra arguments: make run ARGS="--context 65536"
+# make env | test | run | lint | parity | matrix | clean.  Extra arguments: make run ARGS="--context 65536"
 
 PYTHON ?= python3
 TORCH ?= torch==2.13.0+cpu
@@ -8,7 +8,7 @@ PARITY_STAMP := .venv-parity/.installed
 NEW_ENOUGH := -c 'import sys; sys.exit(sys.version_info < (3, 11))'
 HAS_PIP := -c 'import importlib.metadata; importlib.metadata.version("pip")'
 
-.PHONY: env venv test run lint parity clean
+.PHONY: env venv test run lint parity matrix clean
 
 env: $(STAMP)
 
@@ -20,6 +20,14 @@ run: env
 
 lint: env
 	$(PY) -m ruff check . $(ARGS)
+
+# Every layer in every way over eight virtual devices against one; SAMPLE=1: every pair of values.
+# Collectives of eight devices wait for one another, so there must be as many threads. Compiled as
+# the tests are: what compiles is run once.
+matrix: env
+	NPROC=16 JAX_PLATFORMS=cpu XLA_FLAGS="--xla_backend_optimization_level=0 \
+	  --xla_llvm_disable_expensive_passes=true --xla_cpu_use_fusion_emitters=false" \
+	  $(PY) -m tests.parallel.matrix $(if $(SAMPLE),--sample) $(ARGS)
 
 # What transformers makes of our exports. torch and transformers come from the extra [parity] into an
 # environment of their own, beside that of `env`; without a CPU build of torch it is skipped.

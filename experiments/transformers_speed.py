@@ -20,11 +20,14 @@ from pathlib import Path
 from kimijax.cli import run_module
 
 LENGTH, DECODED, ROUNDS = 2048, 16, 5
+SHORT = 128  # tokens for a checkpoint, which may be tiny
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of the measurement."""
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--checkpoint", metavar="DIR",
+                        help="time a Hugging Face directory instead, such as tests/goldens/k2_tiny")
 
 
 def model_config():
@@ -84,7 +87,7 @@ def ours(cfg, params, ids):
         jax.block_until_ready(forward(params, ids))
 
     def run_decode():
-        token, cache = read(params, empty_cache(cfg, 1, LENGTH + DECODED), ids)
+        token, cache = read(params, empty_cache(cfg, 1, ids.shape[1] + DECODED), ids)
         jax.block_until_ready(cache)
         began = time.perf_counter()
         for _ in range(DECODED):
@@ -135,17 +138,23 @@ def main(args: argparse.Namespace) -> int:
     import numpy as np
     import torch
 
+    from kimijax.convert.load import load
     from kimijax.convert.run import export
 
     torch.set_num_threads(args.threads)
-    cfg = model_config()
-    params = random_params(cfg)
-    ids = np.random.default_rng(1).integers(0, cfg.vocab, (1, LENGTH)).astype(np.int32)
     with tempfile.TemporaryDirectory() as work:
-        export(cfg, params, Path(work) / "hf")
+        if args.checkpoint:
+            directory, length = args.checkpoint, SHORT
+            found = load(directory)
+            cfg, params = found.cfg, found.params
+        else:
+            directory, length, cfg = f"{work}/hf", LENGTH, model_config()
+            params = random_params(cfg)
+            export(cfg, params, Path(directory))
+        ids = np.random.default_rng(1).integers(0, cfg.vocab, (1, length)).astype(np.int32)
         sides = {"kimijax": ours(cfg, params, ids)}
         for attention in ("eager", "sdpa"):
-            sides[attention] = theirs(f"{work}/hf", ids, attention)
+            sides[attention] = theirs(directory, ids, attention)
     times = {name: ([], []) for name in sides}
     for measured in range(-1, ROUNDS):  # the first round compiles
         for name, (forward, decode) in sides.items():

@@ -6,10 +6,12 @@ one costs half. The backward recomputes the probabilities of a tile pair from ls
 
     P = exp(S - lse),  dV = P^T dO,  dS = P * (dO V^T - delta),  delta = sum(dO * O) - d_lse
 
-Heads of one KV head are folded into rows, so that a product is [rows*heads, n] x [n, keys].
+Heads stand before the sequence, those of one KV head folded into rows, so that a product of a KV
+head is [rows*heads, n] x [n, keys] and nothing is transposed within the loops.
 """
 
 import functools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,8 +19,26 @@ import jax.numpy as jnp
 from kernels_pallas.attention.ref import visible
 from kernels_pallas.partial import Partial, empty, from_logits, merge
 
-TILE_Q, TILE_K = 512, 512
+TILE_Q, TILE_K = 256, 256
 FAR = jnp.iinfo(jnp.int32).max
+
+
+class Rows(NamedTuple):
+    """Queries of g KV heads, i each, scaled, the rotary part behind the rest."""
+
+    query: jax.Array  # b g t i n+p
+    pos: jax.Array
+    seg: jax.Array
+    since: jax.Array
+
+
+class Columns(NamedTuple):
+    """Keys, the rotary part behind the rest, and values."""
+
+    key: jax.Array  # b g s n+p
+    value: jax.Array  # b g s v
+    pos: jax.Array
+    seg: jax.Array
 
 
 def contract(eqn, a, b):
@@ -42,8 +62,9 @@ def _tile(x, size, axis, fill=0):
 
 
 def _tiles(group, size):
-    """A Queries or Keys (or matching gradients) cut along its sequence; pads have segment -1."""
-    return jax.tree.map(lambda x: _tile(x, size, 1), group._replace(seg=group.seg + 1))
+    """A Queries or Keys cut along its sequence; pads have segment -1."""
+    tiles = jax.tree.map(lambda x: _tile(x, size, 1), group._replace(seg=group.seg + 1))
+    return tiles._replace(seg=tiles.seg - 1)
 
 
 def _untile(x, length):
@@ -60,44 +81,62 @@ def overlap(q, kv) -> jax.Array:
     return past & near & q_live.any() & k_live.any()
 
 
-def _logits(q, kv, scale):
-    """Scaled float32 logits b g t i s, and their mask."""
-    b, t, h, _ = q.nope.shape
-    g = kv.key.shape[2]
-    query, key = q.nope, kv.key
+def _fold(x, g):
+    """b t h ... -> b g t h/g ..."""
+    return jnp.moveaxis(x.reshape(*x.shape[:2], g, -1, *x.shape[3:]), 2, 1)
+
+
+def _unfold(x):
+    """The inverse of _fold."""
+    x = jnp.moveaxis(x, 1, 2)
+    return x.reshape(*x.shape[:2], -1, *x.shape[4:])
+
+
+def _rows(q, g, scale) -> Rows:
+    """Queries as the products want them."""
+    query = q.nope
     if q.rope is not None:  # one product: to add two would pass the largest array once more
-        shared = jnp.broadcast_to(kv.rope[:, :, None], (*key.shape[:3], kv.rope.shape[-1]))
         query = jnp.concatenate([query, q.rope.astype(query.dtype)], -1)
+    return Rows(_fold(query * scale, g), q.pos, q.seg, q.since)
+
+
+def _columns(kv) -> Columns:
+    """Keys and values as the products want them."""
+    key = kv.key
+    if kv.rope is not None:
+        shared = jnp.broadcast_to(kv.rope[:, :, None], (*key.shape[:3], kv.rope.shape[-1]))
         key = jnp.concatenate([key, shared.astype(key.dtype)], -1)
-    query = query.reshape(b, t, g, h // g, -1) * scale
-    return contract("btgin,bsgn->bgtis", query, key), visible(q, kv)[:, None, :, None, :]
+    return Columns(jnp.moveaxis(key, 2, 1), jnp.moveaxis(kv.value, 2, 1), kv.pos, kv.seg)
 
 
-def _pair(q, kv, scale) -> Partial:
-    """One tile of queries against one tile of keys."""
-    b, t, h, _ = q.nope.shape
-    logits, seen = _logits(q, kv, scale)
-    weigh = lambda w: contract("bgtis,bsgv->bgtiv", w.astype(kv.value.dtype), kv.value)  # noqa: E731
-    p = from_logits(logits, seen, weigh)
-    return Partial(*(jnp.moveaxis(x, 1, 2).reshape(b, t, h, *x.shape[4:]) for x in p))
+def _logits(rows, columns):
+    """Scaled float32 logits b g t i s, and their mask."""
+    logits = contract("bgtin,bgsn->bgtis", rows.query, columns.key)
+    return logits, visible(rows, columns)[:, None, :, None, :]
+
+
+def _pair(rows, columns) -> Partial:
+    """One tile of queries against one tile of keys, b g t i ..."""
+    value = columns.value
+    weigh = lambda w: contract("bgtis,bgsv->bgtiv", w.astype(value.dtype), value)  # noqa: E731
+    return from_logits(*_logits(rows, columns), weigh)
 
 
 def _forward(q, kv, scale) -> Partial:
-    b, t, h, _ = q.nope.shape
+    t, g = q.nope.shape[1], kv.key.shape[2]
     if t <= TILE_Q and kv.pos.shape[1] <= TILE_K:
-        return _pair(q, kv, scale)
-    k_tiles = _tiles(kv, TILE_K)
+        return Partial(*map(_unfold, _pair(_rows(q, g, scale), _columns(kv))))
+    columns = jax.vmap(_columns)(_tiles(kv, TILE_K))
 
     def per_query_tile(q_tile):
-        q_tile = q_tile._replace(seg=q_tile.seg - 1)
+        rows = _rows(q_tile, g, scale)
 
-        def step(acc, k_tile):
-            k_tile = k_tile._replace(seg=k_tile.seg - 1)
-            use = lambda: merge(acc, _pair(q_tile, k_tile, scale))  # noqa: E731
-            return jax.lax.cond(overlap(q_tile, k_tile), use, lambda: acc), None
+        def step(acc, columns):
+            use = lambda: merge(acc, _pair(rows, columns))  # noqa: E731
+            return jax.lax.cond(overlap(rows, columns), use, lambda: acc), None
 
-        start = empty((b, q_tile.pos.shape[1], h), kv.value.shape[-1])
-        return jax.lax.scan(step, start, k_tiles)[0]
+        start = empty(rows.query.shape[:4], kv.value.shape[-1])
+        return Partial(*map(_unfold, jax.lax.scan(step, start, columns)[0]))
 
     out = jax.lax.map(per_query_tile, _tiles(q, min(TILE_Q, t)))
     return Partial(*(_untile(x, t) for x in out))
@@ -115,26 +154,17 @@ def _fwd(q, kv, scale):
     return p, (q, kv, p.out, p.lse)
 
 
-def _pair_bwd(q, kv, lse, d_out, delta, scale):
-    """Gradients of one tile pair: (d_nope, d_rope, d_key, d_value, d_k_rope)."""
-    b, t, h, n = q.nope.shape
-    g = kv.key.shape[2]
-    fold = lambda x: jnp.moveaxis(x.reshape(b, t, g, h // g, *x.shape[3:]), 1, 2)  # noqa: E731
-    unfold = lambda x: jnp.moveaxis(x, 1, 2).reshape(b, t, h, -1)  # noqa: E731
-    logits, seen = _logits(q, kv, scale)
-    row = fold(lse)[..., None]
+def _pair_bwd(rows, columns, lse, d_out, delta):
+    """Gradients of one tile pair: (d_query, d_key, d_value), in the shapes of Rows and Columns."""
+    logits, seen = _logits(rows, columns)
+    row = lse[..., None]
     p = jnp.where(seen, jnp.exp(logits - jnp.where(jnp.isneginf(row), 0.0, row)), 0.0)
-    d_o = fold(d_out)
-    d_value = contract("bgtis,bgtiv->bsgv", p, d_o)
-    d_p = contract("bgtiv,bsgv->bgtis", d_o, kv.value.astype(jnp.float32))
-    d_s = p * (d_p - fold(delta)[..., None]) * scale
-    d_nope = unfold(contract("bgtis,bsgn->bgtin", d_s, kv.key.astype(jnp.float32)))
-    d_key = contract("bgtis,bgtin->bsgn", d_s, fold(q.nope.astype(jnp.float32)))
-    if q.rope is None:
-        return d_nope, None, d_key, d_value, None
-    d_rope = unfold(contract("bgtis,bsp->bgtip", d_s, kv.rope.astype(jnp.float32)))
-    d_k_rope = contract("bgtis,bgtip->bsp", d_s, fold(q.rope.astype(jnp.float32)))
-    return d_nope, d_rope, d_key, d_value, d_k_rope
+    d_value = contract("bgtis,bgtiv->bgsv", p, d_out)
+    d_p = contract("bgtiv,bgsv->bgtis", d_out, columns.value.astype(jnp.float32))
+    d_s = p * (d_p - delta[..., None])
+    d_query = contract("bgtis,bgsn->bgtin", d_s, columns.key.astype(jnp.float32))
+    d_key = contract("bgtis,bgtin->bgsn", d_s, rows.query.astype(jnp.float32))
+    return d_query, d_key, d_value
 
 
 def _bwd(scale, residuals, cotangent):
@@ -158,43 +188,51 @@ def _bwd(scale, residuals, cotangent):
 
 def attention_grads(q, kv, lse, d_out, delta, *, scale: float):
     """The op's xla form. See the package docstring for the contract."""
-    t, s = q.pos.shape[1], kv.pos.shape[1]
-    whole = t <= TILE_Q and s <= TILE_K
-    return (_pair_bwd if whole else _blockwise_bwd)(q, kv, lse, d_out, delta, scale)
+    t, s, n, g = q.pos.shape[1], kv.pos.shape[1], q.nope.shape[-1], kv.key.shape[2]
+    if t <= TILE_Q and s <= TILE_K:
+        folded = (_fold(x, g) for x in (lse, d_out, delta))
+        d_query, *d_kv = _pair_bwd(_rows(q, g, scale), _columns(kv), *folded)
+        d_query = _unfold(d_query)
+    else:
+        d_query, d_kv = _blockwise_bwd(q, kv, lse, d_out, delta, scale)
+    d_query = d_query * scale
+    d_key, d_value = (jnp.moveaxis(x, 1, 2) for x in d_kv)
+    if q.rope is None:
+        return d_query, None, d_key, d_value, None
+    d_k_rope = d_key[..., n:].sum(2)
+    return d_query[..., :n], d_query[..., n:], d_key[..., :n], d_value, d_k_rope
 
 
 def _blockwise_bwd(q, kv, lse, d_out, delta, scale):
-    """Key tiles outside, query tiles inside; the query gradient is carried whole."""
-    t, s = q.pos.shape[1], kv.pos.shape[1]
-    tile_q = min(TILE_Q, t)
-    q_tiles = _tiles(q, tile_q)
-    rows = tuple(_tile(x, tile_q, 1) for x in (lse, d_out, delta))
-    zeros = lambda x: None if x is None else jnp.zeros(x.shape, jnp.float32)  # noqa: E731
+    """Key tiles outside, query tiles inside; the query gradient is carried whole.
 
-    def per_key_tile(d_q, k_tile):
-        k_tile = k_tile._replace(seg=k_tile.seg - 1)
+    d_query b t h ..., before the scale, and (d_key, d_value) b g s ...
+    """
+    t, s, g = q.pos.shape[1], kv.pos.shape[1], kv.key.shape[2]
+    tile_q = min(TILE_Q, t)
+    rows = jax.vmap(lambda q: _rows(q, g, scale))(_tiles(q, tile_q))
+    along = tuple(jax.vmap(_fold, (0, None))(_tile(x, tile_q, 1), g) for x in (lse, d_out, delta))
+    zeros = lambda x: jnp.zeros(x.shape, jnp.float32)  # noqa: E731
+
+    def per_key_tile(d_query, k_tile):
+        columns = _columns(k_tile)
 
         def step(d_kv, xs):
-            q_tile, (lse_t, d_out_t, delta_t), d_q_tile = xs
-            q_tile = q_tile._replace(seg=q_tile.seg - 1)
+            rows, along, d_query = xs
 
             def use():
-                d = _pair_bwd(q_tile, k_tile, lse_t, d_out_t, delta_t, scale)
-                return jax.tree.map(jnp.add, (d_q_tile, d_kv), (d[:2], d[2:]))
+                d, *d_pair = _pair_bwd(rows, columns, *along)
+                return tuple(map(jnp.add, d_kv, d_pair)), d_query + d
 
-            d_q_new, d_kv = jax.lax.cond(
-                overlap(q_tile, k_tile), use, lambda: (d_q_tile, d_kv)
-            )
-            return d_kv, d_q_new
+            return jax.lax.cond(overlap(rows, columns), use, lambda: (d_kv, d_query))
 
-        start = (zeros(k_tile.key), zeros(k_tile.value), zeros(k_tile.rope))
-        d_kv, d_q = jax.lax.scan(step, start, (q_tiles, rows, d_q))
-        return d_q, d_kv
+        start = zeros(columns.key), zeros(columns.value)
+        d_kv, d_query = jax.lax.scan(step, start, (rows, along, d_query))
+        return d_query, d_kv
 
-    start = (zeros(q_tiles.nope), zeros(q_tiles.rope))
-    d_q, d_kv = jax.lax.scan(per_key_tile, start, _tiles(kv, TILE_K))
-    back = lambda x, length: None if x is None else _untile(x, length)  # noqa: E731
-    return *(back(x, t) for x in d_q), *(back(x, s) for x in d_kv)
+    d_query, d_kv = jax.lax.scan(per_key_tile, zeros(rows.query), _tiles(kv, TILE_K))
+    back = lambda x: jnp.moveaxis(_untile(jnp.moveaxis(x, 3, 2), s), 2, 1)  # noqa: E731
+    return _untile(jax.vmap(_unfold)(d_query), t), tuple(map(back, d_kv))
 
 
 _attention.defvjp(_fwd, _bwd)

@@ -8,6 +8,7 @@
 """
 
 import functools
+import logging
 from dataclasses import dataclass
 from functools import partial
 
@@ -27,6 +28,7 @@ from kimijax.ops.attend import EXPERTS, Ops, local, tiled
 from kimijax.ops.delta import delta_runs
 from kimijax.parallel import blocks, experts, rules
 from kimijax.parallel.attend import STRATEGIES, Axes, check, sharded
+from kimijax.parallel.cost import Work, choose, explain, rates_of
 from kimijax.parallel.order import ORDERS, Order, make_order
 from kimijax.parallel.sources import HEADS, LATENTS
 from kimijax.parallel.store import dealt_rows, recall
@@ -38,19 +40,19 @@ class Plan:
 
     mesh: Mesh
     order: str = "contiguous"  # of the tokens of a row: or zigzag, striped
-    strategy: str = "ring"  # of attention without a cache: or gather, ulysses
+    strategy: str = "ring"  # of attention without a cache: or gather, ulysses, auto (cost.py)
     train: bool = False  # weights are dealt over data and seq as well
     impl: str = "xla"
-    experts: str = "tiled"  # or ragged, for a TPU
+    experts: str | None = None  # tiled or ragged; None: what is fast on the mesh's devices
     exact: bool = False
 
     def __post_init__(self):
         for what, value, known in (
-            ("order", self.order, ORDERS), ("strategy", self.strategy, STRATEGIES),
-            ("experts", self.experts, tuple(EXPERTS)),
+            ("order", self.order, ORDERS), ("strategy", self.strategy, (*STRATEGIES, "auto")),
+            ("experts", self.experts, (None, *EXPERTS)),
         ):
             if value not in known:
-                raise UserError(f"{what} {value!r:.40}: there are {', '.join(known)}")
+                raise UserError(f"{what} {value!r:.40}: there are {', '.join(filter(None, known))}")
 
     @property
     def axes(self) -> Axes:
@@ -121,11 +123,16 @@ class Arranged:
 @functools.lru_cache(maxsize=32)
 def _ops(plan: Plan) -> Ops:
     axes, impl = plan.axes, plan.impl
+    on_tpu = plan.mesh.devices.flat[0].platform == "tpu"
+    compute = EXPERTS[plan.experts or ("ragged" if on_tpu else "tiled")]
 
     def attend(q, kv, up, *, scale):
-        check(axes, plan.strategy, q.nope.shape[2], q.nope.shape[1])
+        strategy = plan.strategy
+        if strategy == "auto":
+            strategy = _cheapest(plan, _work(plan, q, kv, up))
+        check(axes, strategy, q.nope.shape[2], q.nope.shape[1])
         source = HEADS if isinstance(kv, Keys) else LATENTS
-        return sharded(axes, plan.strategy, source, impl, scale)(q, kv, up)
+        return sharded(axes, strategy, source, impl, scale)(q, kv, up)
 
     def spread(x):
         where = NamedSharding(plan.mesh, P(*axes.place(x.shape[:2])))
@@ -143,12 +150,30 @@ def _ops(plan: Plan) -> Ops:
         top_blocks=partial(blocks.top_blocks, axes, impl),
         delta=_apart(axes, partial(delta_runs, impl=impl)),
         kda=_apart(axes, partial(kda, impl=impl), dealt=False),
-        experts=partial(experts.experts, axes, EXPERTS[plan.experts]),
+        experts=partial(experts.experts, axes, compute),
         rows=dealt_rows(axes),
         exact=plan.exact,
         spread=spread,
         runs=runs,
     )
+
+
+def _work(plan: Plan, q, kv, up) -> Work:
+    """Of one row of a call; the tokens of a contiguous one have from 1 to S keys in sight."""
+    _, tokens, heads, key = q.nope.shape
+    return Work(
+        tokens, plan.ways, heads // plan.mesh.shape["tensor"], key,
+        0 if q.rope is None else q.rope.shape[-1], up[1].shape[-1], kv.latent.shape[-1],
+        kv.latent.dtype.itemsize, 2 - 1 / plan.ways if plan.order == "contiguous" else 1.0,
+    )
+
+
+@functools.lru_cache(maxsize=256)
+def _cheapest(plan: Plan, work: Work) -> str:
+    """The strategy for a call; said the first time."""
+    strategy, cost = choose(work, rates_of(plan.mesh.devices.flat[0].device_kind))
+    logging.getLogger(__name__).info(explain(work, strategy, cost))
+    return strategy
 
 
 def _apart(axes: Axes, f, dealt: bool = True):

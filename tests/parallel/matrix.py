@@ -44,7 +44,7 @@ from kimijax.ops.attend import local
 from kimijax.parallel.mesh import make_mesh
 from kimijax.parallel.plan import Plan
 
-TOKENS, ROWS, CHUNK, DECODED, GAP, LIMIT = 1024, 2, 512, 4, 1e-4, 2e-5
+TOKENS, ROWS, CHUNK, DECODED, GAP, LIMIT, SHARP = 1024, 2, 512, 4, 1e-4, 2e-5, 4.0
 
 MLA = MLAConfig(heads=8, q_rank=16, kv_rank=16, nope_dim=8, rope_dim=8, v_dim=8,
                 rope=RopeConfig(theta=1e4, dim=8))
@@ -74,6 +74,7 @@ WAYS = {  # (mesh, order, strategy)
     "mixed mesh": ({"data": 2, "seq": 2, "expert": 2}, "zigzag", "ring"),
 }
 MODES = ("whole", "chunked", "decode")
+SEEDS = {"MLA and experts": 3}  # others than 1 where choices would be closer than GAP
 ATTENDS = ("MLA", "GQA", "KDA hybrid", "MLA and experts")  # layers that look at all of the past
 
 
@@ -85,15 +86,22 @@ def config(layer: str) -> ModelConfig:
 
 @functools.cache
 def weights(layer: str):
-    """Random weights, none of them zero."""
-    rng = np.random.default_rng(1)
+    """Random weights, none of them zero.
 
-    def draw(x):
+    Queries are large: where attention is nearly uniform its gradient is a difference of nearly
+    equal numbers, and the rounding of float32 alone is above the limit (two ways on one device
+    differ as much).
+    """
+    rng = np.random.default_rng(SEEDS.get(layer, 1))
+
+    def draw(path, x):
+        gain = SHARP if [key.key for key in path[-2:]] == ["q", "w"] else 1.0
         if len(x.shape) > 2:
-            return rng.normal(size=x.shape).astype(np.float32) * max(x.shape[-2:]) ** -0.5
+            return rng.normal(size=x.shape).astype(np.float32) * gain * max(x.shape[-2:]) ** -0.5
         return (1 + 0.3 * rng.normal(size=x.shape)).astype(np.float32)
 
-    return jax.tree.map(draw, nn.unbox(abstract_params(Model(config(layer), local()))))
+    shapes = nn.unbox(abstract_params(Model(config(layer), local())))
+    return jax.tree_util.tree_map_with_path(draw, shapes)
 
 
 @functools.cache
@@ -269,8 +277,8 @@ def gap(layer: str, packed: bool) -> float:
 
 
 def _smallest(best_first: np.ndarray) -> float:
-    last, next_ = best_first[..., -2], best_first[..., -1]
-    return float(np.min(np.where(np.isfinite(next_), last - next_, np.inf), initial=np.inf))
+    known = np.isfinite(best_first[..., -1])
+    return float(np.min(-np.diff(best_first[known][:, -2:]), initial=np.inf))
 
 
 def difference(got, want) -> float:
@@ -330,17 +338,27 @@ def _pairs(x):
 
 
 def main(sample: bool) -> int:
-    """Print the table; 1 if a cell does not hold."""
-    failed = 0
-    print("| layer | way | packed | mode | largest difference |\n|---|---|---|---|---|")
-    for layer, way, packed, mode in cells(sample):
-        why = without_meaning(layer, way, mode)
-        found = None if why else cell(layer, way, packed, mode)
-        holds = found is None or found <= LIMIT
-        failed += not holds
-        text = f"n/a: {why}" if why else f"{found:.1e}" + ("" if holds else " FAILS")
-        print(f"| {layer} | {way} | {'yes' if packed else 'no'} | {mode} | {text} |", flush=True)
-    print(f"{failed} cells fail" if failed else "every cell holds")
+    """Print the table, a row when it is done; 1 if a cell does not hold."""
+    asked, failed, reasons = set(cells(sample)), 0, []
+    print(f"| layer | documents | read | {' | '.join(WAYS)} |\n{'|---' * (3 + len(WAYS))}|")
+    for layer, packed, mode in itertools.product(LAYERS, (False, True), MODES):
+        texts = []
+        for way in WAYS:
+            if (layer, way, packed, mode) not in asked:
+                texts.append("")
+            elif why := without_meaning(layer, way, mode):
+                reasons = [*reasons, why] if why not in reasons else reasons
+                texts.append(f"n/a ({reasons.index(why) + 1})")
+            else:
+                found = cell(layer, way, packed, mode)
+                failed += found > LIMIT
+                texts.append(f"{found:.1e}" + (" FAILS" if found > LIMIT else ""))
+        if any(texts):
+            row = (layer, "packed" if packed else "one", mode, *texts)
+            print(f"| {' | '.join(row)} |", flush=True)
+    for number, why in enumerate(reasons, 1):
+        print(f"n/a ({number}): {why}")
+    print(f"{failed} cells fail" if failed else f"every cell is within {LIMIT:.0e}")
     return min(failed, 1)
 
 
