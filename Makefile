@@ -5,6 +5,7 @@ TORCH ?= torch==2.13.0+cpu
 PY := .venv/bin/python
 STAMP := .venv/.installed
 PARITY_STAMP := .venv-parity/.installed
+BENCH_STAMP := .venv-bench/.installed
 NEW_ENOUGH := -c 'import sys; sys.exit(sys.version_info < (3, 11))'
 HAS_PIP := -c 'import importlib.metadata; importlib.metadata.version("pip")'
 
@@ -44,9 +45,23 @@ $(PARITY_STAMP): $(STAMP)
 	  "$(TORCH)" "transformers==5.23.0"; then : > $@; \
 	else echo "parity: skipped, $(TORCH) is not on offer here; name another with TORCH=" | tee $@; fi
 
+# Our ring beside that of a package, which comes from the extra [bench] into an environment of its
+# own: without its dependencies, which are those of `env`.
+ring: $(BENCH_STAMP)
+	.venv-bench/bin/python -m experiments.ring_speed $(ARGS)
+
+$(BENCH_STAMP): $(STAMP)
+	rm -rf .venv-bench
+	$(PY) -m venv .venv-bench
+	$(PY) -c 'import sysconfig; print(sysconfig.get_path("purelib"))' \
+	  > $$(.venv-bench/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/env.pth
+	.venv-bench/bin/python -m pip install -q --disable-pip-version-check --no-deps \
+	  ringattention==0.1.2
+	: > $@
+
 # Undoes `env` and removes caches; the results under runs/ stay.
 clean:
-	rm -rf .venv .venv-parity build *.egg-info .pytest_cache .ruff_cache
+	rm -rf .venv .venv-parity .venv-bench build *.egg-info .pytest_cache .ruff_cache
 	find . -name __pycache__ -prune -exec rm -rf {} +
 
 # The stamp is written last, so an install that failed or was interrupted is done again. A .venv

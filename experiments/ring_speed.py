@@ -2,8 +2,9 @@
 
 Ask     Time of ringattention at its best chunk over ours in each order: forward, and forward with
         backward; the largest difference of the answers; how evenly an order spreads the work.
-Run     make ring   (or: pip install -e '.[bench]'; pip install --no-deps ringattention==0.1.2;
-        python -m experiments.ring_speed [--tokens 8192] [--rounds 5])
+Run     make ring [ARGS="--tokens 8192 --rounds 5"]
+        (or pip install --no-deps --target DIR ringattention==0.1.2, then
+        PYTHONPATH=DIR python -m experiments.ring_speed [--tokens 8192] [--rounds 5])
 Cost    about five minutes.
 Answer  see the README's results.
 
