@@ -146,19 +146,16 @@ def ring_backward(at: Local, q, kv, up, lse, d_out, delta):
     """Gradients of latents travel one hop behind their latents and arrive home.
 
     The gradient that comes in belongs to the visitor that is here: its send and that of the next
-    visitor both overlap with the work on this one, which adds to it only afterwards. Zeros are
-    made where work is skipped: made outside, they would be taken for what hides a send.
+    visitor both overlap with the work on this one, which adds to it only afterwards.
     """
+    none = zeros_like(floats_of(kv))
 
     def use(kv, d_q, d_kv, d_up):
         def work():
             own_q, own_kv, own_up = at.grads_of(kv, up, q, lse, d_out, delta)
             return add(d_q, own_q), own_kv, add(d_up, own_up)
 
-        def skip():
-            return d_q, zeros_like(floats_of(kv)), d_up
-
-        d_q, own, d_up = jax.lax.cond(overlap(q, kv), work, skip)
+        d_q, own, d_up = jax.lax.cond(overlap(q, kv), work, lambda: (d_q, none, d_up))
         return d_q, add(d_kv, own), d_up
 
     def hop(carry, _):
@@ -170,7 +167,7 @@ def ring_backward(at: Local, q, kv, up, lse, d_out, delta):
         kv, d_q, d_kv, d_up = carry
         return hop((kv, d_q, send(at, d_kv), d_up), x)
 
-    start = (kv, zeros_like((q.nope, q.rope)), zeros_like(floats_of(kv)), zeros_like(up))
+    start = (kv, zeros_like((q.nope, q.rope)), none, zeros_like(up))
     if at.axes.ways > 1:
         start, _ = hop(start, None)
     carry, _ = jax.lax.scan(lagged, start, length=max(at.axes.ways - 2, 0), unroll=_unroll(at))
