@@ -1,7 +1,7 @@
 """How little training does a 1 M-parameter byte model need to retrieve from two million tokens?
 
 Ask     Steps and minutes on two cores to an exact match of 0.99 over 100 needles at 2M tokens.
-Run     python -m experiments.train_needle --out runs/train_needle [--seed S]
+Run     python -m experiments.train_needle --out runs/train_needle [--seed S] [--mesh data=2,seq=4]
 Cost    see the log beside the checkpoint in experiments/checkpoints/needle_2m.
 Answer  see the README's results.
 
@@ -13,6 +13,7 @@ import argparse
 from dataclasses import asdict
 
 from kimijax.cli import run_module
+from kimijax.commands.mesh import add_mesh, plan_of
 from kimijax.errors import UserError
 
 BALANCE_RATE = 3e-3
@@ -35,6 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of the training run."""
     parser.add_argument("--out", metavar="DIR", default="runs/train_needle")
     parser.add_argument("--seed", type=int, default=0, help="of weights and data")
+    add_mesh(parser)
 
 
 def loss_of(model):
@@ -67,6 +69,17 @@ def _index_losses(aux):
     )
 
 
+def _check_rows(plan) -> None:
+    """UserError: a phase's rows cannot be dealt over the mesh."""
+    data = plan.mesh.shape["data"]
+    for _, task in phases():
+        if task.rows % data or task.length % plan.ways:
+            raise UserError(
+                f"--mesh: {task.rows} rows of {task.length} tokens are no multiples of data = "
+                f"{data} and seq x expert = {plan.ways}; choose powers of two"
+            )
+
+
 def main(args: argparse.Namespace) -> int:
     """Train, resuming if interrupted, and write the model."""
     import optax
@@ -80,21 +93,24 @@ def main(args: argparse.Namespace) -> int:
     from kimijax.model import Model, abstract_params
     from kimijax.ops.attend import local
     from kimijax.optim.muon import build
-    from kimijax.train import Interrupted, fit, init_state, make_step
+    from kimijax.train import Interrupted, fit, init_state, make_step, state_shardings
 
     if not 0 <= args.seed < 2**32:
         raise UserError(f"--seed must be between 0 and {2**32 - 1}, got {args.seed}")
+    if (plan := plan_of(args, train=True, exact=True)) is not None:
+        _check_rows(plan)
     out = writable(args.out)
     cfg = presets.needle_2m()
-    model = Model(cfg, local(exact=True))
+    model = Model(cfg, local(exact=True) if plan is None else plan.ops())
     text = corpus.concatenate(corpus.load_documents("train"), seed=0)
     schedule = [task for steps, task in phases() for _ in range(steps)]
     lr = optax.warmup_cosine_decay_schedule(0.0, PEAK_LR, WARMUP, len(schedule), PEAK_LR * FINAL)
     optimizer = build(abstract_params(model), lr)
+    where = None if plan is None else state_shardings(model, optimizer, plan)
     try:
         state = fit(
-            init_state(model, optimizer, args.seed),
-            make_step(loss_of(model), optimizer, BALANCE_RATE),
+            init_state(model, optimizer, args.seed, where),
+            make_step(loss_of(model), optimizer, BALANCE_RATE, where),
             lambda i: batch(schedule[i], text, args.seed, i),
             len(schedule),
             out,

@@ -194,6 +194,7 @@ def _tokens(given, cache, count, watch, aligned, runs) -> tuple[Tokens, Cache | 
 
 def abstract_params(model: Model):
     """Shapes, dtypes and dim names of the parameters; nothing is allocated."""
+    model = model.clone(ops=local())  # weights depend on none; one token cannot be dealt out
     ids = jax.ShapeDtypeStruct((1, 1), jnp.int32)
     init = lambda key, ids: model.init(key, ids, method="logits")  # noqa: E731
     return jax.eval_shape(init, jax.random.key(0), ids)

@@ -1,5 +1,6 @@
 """One visible training loop around a pure, donated step."""
 
+import functools
 import json
 import signal
 import time
@@ -12,11 +13,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.sharding import NamedSharding, PartitionSpec
+from jax.tree_util import DictKey, tree_flatten_with_path, tree_map_with_path
 from tqdm import tqdm
 
 from kimijax.checkpoint import restore_latest, save_state
 from kimijax.errors import UserError
 from kimijax.model import Model
+from kimijax.ops.attend import local
+from kimijax.parallel.plan import Plan
 
 SAVE_SECONDS = 60.0
 
@@ -33,21 +38,55 @@ class Interrupted(Exception):
     """SIGINT or SIGTERM came; the state is saved and the same command goes on from it."""
 
 
-def init_state(model: Model, optimizer: optax.GradientTransformation, seed: int) -> TrainState:
-    """A fresh state; a function of the seed alone."""
+def init_state(
+    model: Model, optimizer: optax.GradientTransformation, seed: int,
+    where: TrainState | None = None,
+) -> TrainState:
+    """A fresh state; a function of the seed alone.
 
-    @jax.jit
-    def build(key):
-        params = nn.unbox(model.init(key, jnp.zeros((1, 1), jnp.int32), method="logits"))
-        return TrainState(jnp.int32(0), params, optimizer.init(params))
-
+    where  of each array (`state_shardings`); None: on one device
+    """
+    build = jax.jit(functools.partial(_init, model, optimizer), out_shardings=where)
     return build(jax.random.key(seed))
 
 
-def make_step(loss: Callable, optimizer: optax.GradientTransformation, balance_rate: float):
+def _init(model: Model, optimizer: optax.GradientTransformation, key: jax.Array) -> TrainState:
+    model = model.clone(ops=local())  # weights depend on none; one token cannot be dealt out
+    params = nn.unbox(model.init(key, jnp.zeros((1, 1), jnp.int32), method="logits"))
+    return TrainState(jnp.int32(0), params, optimizer.init(params))
+
+
+def state_shardings(
+    model: Model, optimizer: optax.GradientTransformation, plan: Plan
+) -> TrainState:
+    """Where a plan puts each array of a state: what an optimizer keeps of a weight, with it."""
+    params = plan.shardings(model.cfg)
+    whole = NamedSharding(plan.mesh, PartitionSpec())
+    shapes = jax.eval_shape(functools.partial(_init, model, optimizer), jax.random.key(0))
+    keys = lambda path: tuple(k.key for k in path if isinstance(k, DictKey))  # noqa: E731
+    known = {
+        (keys(path), leaf.shape): sharding
+        for (path, leaf), sharding in zip(
+            tree_flatten_with_path(shapes.params)[0], jax.tree.leaves(params), strict=True
+        )
+    }
+
+    def one(path, leaf):
+        names = keys(path)  # the optimizer's own, then the weight's
+        tails = ((names[i:], leaf.shape) for i in range(len(names)))
+        return next((known[tail] for tail in tails if tail in known), whole)
+
+    return TrainState(whole, params, tree_map_with_path(one, shapes.opt_state))
+
+
+def make_step(
+    loss: Callable, optimizer: optax.GradientTransformation, balance_rate: float,
+    where: TrainState | None = None,
+):
     """jit(state, batch) -> (state, metrics). `loss(params, batch)` gives (scalar, (metrics, aux)).
 
     aux is the model's report; routers move their correction bias by the load it holds.
+    where  of each array of the state (`state_shardings`); None: on one device
     """
 
     def step(state: TrainState, batch):
@@ -58,7 +97,7 @@ def make_step(loss: Callable, optimizer: optax.GradientTransformation, balance_r
         metrics |= {"grad_norm": optax.tree.norm(grads)}
         return TrainState(state.step + 1, params, opt_state), metrics
 
-    return jax.jit(step, donate_argnums=0)
+    return jax.jit(step, donate_argnums=0, out_shardings=where and (where, None))
 
 
 def balance(params, aux: tuple, rate: float):

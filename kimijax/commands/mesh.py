@@ -31,8 +31,11 @@ def add_layout(parser: argparse.ArgumentParser) -> None:
     add("--strategy", help="of attention on --mesh: ring (default), gather or ulysses")
 
 
-def plan_of(args: argparse.Namespace) -> Plan | None:
-    """The Plan that the options ask for; None: one device. UserError: it cannot be had here."""
+def plan_of(args: argparse.Namespace, **fixed) -> Plan | None:
+    """The Plan that the options ask for; None: one device. UserError: it cannot be had here.
+
+    fixed  fields of the Plan that the command sets, such as train=True
+    """
     from kimijax.errors import UserError
     from kimijax.parallel.mesh import make_mesh, parse_mesh
     from kimijax.parallel.plan import Plan
@@ -45,7 +48,7 @@ def plan_of(args: argparse.Namespace) -> Plan | None:
         return None
     sizes = parse_mesh(args.mesh)
     _show_cpu_devices(math.prod(sizes.values()))
-    return Plan(make_mesh(sizes), **asked)
+    return Plan(make_mesh(sizes), **asked, **fixed)
 
 
 def placed(plan: Plan | None, loaded: Loaded) -> tuple[Ops, dict]:
