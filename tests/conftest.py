@@ -7,9 +7,9 @@ import os
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # Tests compile much and compute little. The fusion emitters are two thirds of a compilation.
 os.environ["XLA_FLAGS"] = (
-    "--xla_force_host_platform_device_count=8 "
     "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true "
     "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1 "
+    "--xla_force_host_platform_device_count=8 "
     + os.environ.get("XLA_FLAGS", "")
 )
 

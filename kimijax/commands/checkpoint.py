@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from kimijax.convert.load import Loaded
+    from kimijax.parallel.plan import Plan
 
 DTYPES = ("float32", "bfloat16")
 
@@ -19,11 +20,15 @@ def add_weights(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def load_checkpoint(args: argparse.Namespace) -> "Loaded":
-    """The model of --checkpoint, --dtype and --weights; stderr says what was not kept quantised."""
+def load_checkpoint(args: argparse.Namespace, plan: "Plan | None" = None) -> "Loaded":
+    """The model of --checkpoint, --dtype and --weights; stderr says what was not kept quantised.
+
+    plan  where its parameters are put as they are read; None: the default device
+    """
     from kimijax.convert.load import load
 
-    loaded = load(args.checkpoint, args.dtype, keep=args.weights == "keep")
+    shardings = plan and plan.placements
+    loaded = load(args.checkpoint, args.dtype, args.weights == "keep", shardings)
     if loaded.expanded:
         print(not_kept(loaded.expanded), file=sys.stderr)
     return loaded

@@ -10,7 +10,7 @@ With --mesh the prompt and its cache lie on several devices.
 import argparse
 
 from kimijax.commands.checkpoint import DTYPES, add_weights, load_checkpoint
-from kimijax.commands.mesh import add_mesh, placed, plan_of
+from kimijax.commands.mesh import add_mesh, ops_of, plan_of
 from kimijax.commands.paths import path
 
 
@@ -81,7 +81,7 @@ def _arrays(args: argparse.Namespace, sampling, plan) -> int:
     rows, length = ids.shape
     check_room(length, args.max_new)
     with new_array(args.out, (rows, length + args.max_new), np.int32) as out:
-        loaded = load_checkpoint(args)
+        loaded = load_checkpoint(args, plan)
         programs, params = _programs(args, loaded, plan)
         out[:, :length] = ids
         tokens = generate(programs, params, list(ids), args.max_new, sampling)
@@ -103,7 +103,7 @@ def _text(args: argparse.Namespace, sampling, plan) -> int:
 
     tokenizer = load_tokenizer(args.checkpoint)
     prompt = _encoded(args, tokenizer)
-    loaded = load_checkpoint(args)
+    loaded = load_checkpoint(args, plan)
     programs, params = _programs(args, loaded, plan)
     ends = {*args.stop_ids, *tokenizer.eos}
     pieces, stops = StreamDecoder(tokenizer), StopStream(args.stop)
@@ -125,8 +125,7 @@ def _programs(args: argparse.Namespace, loaded, plan):
 
     from kimijax.generate import decoder
 
-    ops, params = placed(plan, loaded)
-    return decoder(loaded.cfg, ops, jnp.dtype(args.dtype), plan), params
+    return decoder(loaded.cfg, ops_of(plan), jnp.dtype(args.dtype), plan), loaded.params
 
 
 def _encoded(args: argparse.Namespace, tokenizer):

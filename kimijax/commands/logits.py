@@ -10,7 +10,7 @@ import argparse
 from typing import TYPE_CHECKING
 
 from kimijax.commands.checkpoint import DTYPES, add_weights, load_checkpoint
-from kimijax.commands.mesh import add_layout, add_mesh, placed, plan_of
+from kimijax.commands.mesh import add_layout, add_mesh, ops_of, plan_of
 from kimijax.commands.paths import path
 
 if TYPE_CHECKING:
@@ -53,8 +53,8 @@ def main(args: argparse.Namespace) -> int:
     ids = read_tokens(args.tokens, vocab)
     check_room(ids.shape[1], 0)
     with new_array(args.out, (*ids.shape, vocab), np.float32) as out:
-        loaded = load_checkpoint(args)
-        ops, params = placed(plan, loaded)
+        loaded = load_checkpoint(args, plan)
+        ops, params = ops_of(plan), loaded.params
         model = Model(loaded.cfg, ops, jnp.dtype(args.dtype))
         hidden = jax.jit(lambda p, call, runs: model.apply(p, **call, runs=runs).hidden,
                          static_argnums=2)

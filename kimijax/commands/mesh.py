@@ -7,7 +7,6 @@ import math
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from kimijax.convert.load import Loaded
     from kimijax.ops.attend import Ops
     from kimijax.parallel.plan import Plan
 
@@ -51,15 +50,11 @@ def plan_of(args: argparse.Namespace, **fixed) -> Plan | None:
     return Plan(make_mesh(sizes), **asked, **fixed)
 
 
-def placed(plan: Plan | None, loaded: Loaded) -> tuple[Ops, dict]:
-    """The operations and the params of a loaded model, on one device or where the plan says."""
-    import jax
-
+def ops_of(plan: Plan | None) -> Ops:
+    """The operations for a model on one device, or where the plan says."""
     from kimijax.ops.attend import local
 
-    if plan is None:
-        return local(), loaded.params
-    return plan.ops(), jax.device_put(loaded.params, plan.shardings(loaded.cfg))
+    return local() if plan is None else plan.ops()
 
 
 def _show_cpu_devices(count: int) -> None:

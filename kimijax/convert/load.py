@@ -1,5 +1,6 @@
 """A checkpoint directory of any kind as (config, params) in memory."""
 
+import functools
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +12,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from kimijax.checkpoint import load_model
 from kimijax.config import ModelConfig
 from kimijax.config_tree import expanded, from_dict, override
+from kimijax.convert.shards import Shardings, Shards
 from kimijax.convert.source import (
     DTYPES,
     Source,
@@ -39,40 +41,47 @@ class Loaded:
     expanded: tuple[str, ...] = ()
 
 
-def load(directory: str | Path, dtype: str = "float32", keep: bool = False) -> Loaded:
+def load(
+    directory: str | Path, dtype: str = "float32", keep: bool = False,
+    shardings: Shardings | None = None,
+) -> Loaded:
     """Read a Hugging Face directory or one of ours.
 
-    dtype  "float32" or "bfloat16", of the weights that are not kept quantised
-    keep   modules stay quantised as they are stored; UserError if none is, whole
+    dtype      "float32" or "bfloat16", of the weights that are not kept quantised
+    keep       modules stay quantised as they are stored; UserError if none is, whole
+    shardings  config -> {name joined by ".": Sharding} of every parameter. Each device is given
+               its shards and nothing else; the host holds one tensor of the hub, or a piece of
+               an array of ours, at a time. UserError: a shape cannot be divided so. None: all
+               of it is on the default device
     """
     directory = Path(directory)
     if is_hub(directory):
         with open_source(directory, keep) as source:
-            params = read_params(source, DTYPES[dtype])
+            params = read_params(source, DTYPES[dtype], shardings)
         not_kept = tuple(source.expanded()) if keep else ()
         return Loaded(source.cfg, {"params": params}, source.hub, not_kept)
     if stored(directory / PARAMS):
-        return _load_store(directory, DTYPES[dtype], keep)
+        return _load_store(directory, DTYPES[dtype], keep, shardings)
     if keep:
         raise UserError(f"{directory}: its weights are not quantised, there is nothing to keep")
     cfg, params = load_model(directory)
-    cast = {
-        name: x.astype(leaf_dtype(name, np.dtype(np.float32), DTYPES[dtype]))
-        for name, x in flatten_dict(params, sep=".").items()
-    }
-    return Loaded(cfg, unflatten_dict(cast, sep="."), None)
+    leaves = _empty(cfg, DTYPES[dtype], shardings)
+    for name, x in flatten_dict(params["params"], sep=".").items():
+        leaves[name].put((), np.asarray(x))
+    return Loaded(cfg, {"params": _assembled(leaves)}, None)
 
 
-def _load_store(directory: Path, dtype: np.dtype, keep: bool) -> Loaded:
+def _load_store(
+    directory: Path, dtype: np.dtype, keep: bool, shardings: Shardings | None
+) -> Loaded:
     """A converted directory: its weights are held as they were converted."""
     cfg, hub, reader = open_store(directory)
     if keep and cfg == expanded(cfg):
         raise UserError(f"{directory}: its weights are not quantised, there is nothing to keep")
-    leaves = {}
-    for name, x in parameter_shapes(cfg).items():
-        kind = leaf_dtype(name, x.dtype, dtype)
-        leaves[name] = jax.device_put(reader.read(name).astype(kind, copy=False))
-    return Loaded(cfg, {"params": unflatten_dict(leaves, sep=".")}, hub)
+    leaves = _empty(cfg, dtype, shardings)
+    for name, leaf in leaves.items():
+        leaf.fill(functools.partial(reader.read, name), reader.chunk(name))
+    return Loaded(cfg, {"params": _assembled(leaves)}, hub)
 
 
 def open_store(directory: Path) -> tuple[ModelConfig, dict | None, Reader]:
@@ -130,13 +139,32 @@ def is_hub(directory: Path) -> bool:
     return "model_type" in read_json(directory / CONFIG)
 
 
-def read_params(source: Source, dtype: np.dtype) -> dict:
-    """Every parameter in memory, nested; a stacked leaf is filled index by index."""
-    leaves = {
-        name: np.empty(x.shape, leaf_dtype(name, x.dtype, dtype))
-        for name, x in parameter_shapes(source.cfg).items()
-    }
+def read_params(source: Source, dtype: np.dtype, shardings: Shardings | None = None) -> dict:
+    """Every parameter, nested; a tensor of the hub that no device here holds is not read."""
+    leaves, written = _empty(source.cfg, dtype, shardings), []
     for rule in source.rules():
-        for part, array in zip(rule.parts, rule.split(source.read(rule)), strict=True):
-            leaves[part.leaf][part.index] = array
-    return unflatten_dict({n: jax.device_put(x) for n, x in leaves.items()}, sep=".")
+        if any(leaves[part.leaf].holds(part.index) for part in rule.parts):
+            arrays = rule.split(source.read(rule))
+            # Read before the wait: the next tensor comes while the last one is on its way.
+            jax.block_until_ready(written)
+            written = [
+                leaves[part.leaf].put(part.index, array)
+                for part, array in zip(rule.parts, arrays, strict=True)
+            ]
+    return _assembled(leaves)
+
+
+def _empty(
+    cfg: ModelConfig, dtype: np.dtype, shardings: Shardings | None
+) -> dict[str, Shards]:
+    """Every parameter by its name joined by ".", to be filled; UserError: one cannot be divided."""
+    layout = None if shardings is None else shardings(cfg)
+    return {
+        name: Shards(name, x.shape, leaf_dtype(name, x.dtype, dtype), layout and layout[name])
+        for name, x in parameter_shapes(cfg).items()
+    }
+
+
+def _assembled(leaves: dict[str, Shards]) -> dict:
+    """The parameters, nested, once they are filled."""
+    return unflatten_dict({name: leaf.array() for name, leaf in leaves.items()}, sep=".")

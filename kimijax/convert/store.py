@@ -138,6 +138,10 @@ class Reader:
         """Of an array."""
         return tuple(self._open(name).shape)
 
+    def chunk(self, name: str) -> tuple[int, ...]:
+        """The shape in which an array lies on the disk, and is read at the least."""
+        return tuple(self._open(name).chunk_layout.read_chunk.shape)
+
     def read(self, name: str, index: tuple = ()) -> np.ndarray:
         """An array, or the part of it at an index, its axes in memory as they are on disk."""
         array = self._open(name)

@@ -15,6 +15,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax.traverse_util import flatten_dict
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -73,6 +74,10 @@ class Plan:
         """Of every parameter, as a tree like the parameters."""
         boxed = abstract_params(Model(cfg, local()))
         return rules.shardings(boxed, self.mesh, rules.TRAIN if self.train else rules.SERVE)
+
+    def placements(self, cfg: ModelConfig) -> dict[str, NamedSharding]:
+        """`shardings` by the names of parameters joined by ".": what loading takes."""
+        return flatten_dict(self.shardings(cfg)["params"], sep=".")
 
     def cache_shardings(self, cache: Cache):
         """Of a cache (or its shapes) with `ways` of this plan: large states dealt by slot."""
