@@ -4,6 +4,9 @@ import json
 import os
 import re
 import shutil
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +16,7 @@ from kimijax.convert import to_store
 from kimijax.convert.load import load
 from kimijax.convert.run import convert
 from kimijax.convert.source import read_json
+from kimijax.convert.write import ShardWriter
 from kimijax.errors import UserError
 from tests.test_convert import GOLDENS, quantised, quiet, tensors, write
 
@@ -96,6 +100,60 @@ def test_a_claim_cut_short_starts_anew(left, tmp_path, converted):
     assert {x.name for x in (tmp_path / "ours").iterdir()} >= {"config.json", "params"}
     assert not {to_store.CLAIM, to_store.DONE, to_store.LOCK} & set(os.listdir(tmp_path / "ours"))
     assert os.listdir(tmp_path) == ["ours"]
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from kimijax.convert.run import convert
+def stop(done, total):
+    os.kill(os.getpid(), signal.SIGKILL)
+convert(Path(sys.argv[1]), Path(sys.argv[2]), "hf", None, False, stop)
+"""
+
+
+def test_after_a_kill_weights_are_exported_anew(converted, tmp_path):
+    out = tmp_path / "hf"
+    killed = subprocess.run(
+        [sys.executable, "-c", KILLED, str(converted), str(out)], check=False,
+        cwd=Path(__file__).parents[1],
+    )
+    assert killed.returncode == -signal.SIGKILL
+    assert sorted(os.listdir(out)) == ["config.json.tmp", "model.safetensors.tmp"]
+    (out / "model-00001-of-00002.safetensors.tmp").touch()  # of a run with other shards
+    convert(converted, out, "hf", None, False, quiet)
+    same(tensors(out), tensors(GOLDENS / "k2_tiny"))
+    assert sorted(os.listdir(out)) == ["config.json", "model.safetensors"]
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["thesis.tmp", "thesis.tex", "config.json", "model.safetensors", "model-1.safetensors.tmp"],
+)
+def test_only_what_a_kill_left_is_removed(name, converted, tmp_path):
+    files = {"config.json.tmp", "model.safetensors.tmp", name}
+    for file in files:
+        (tmp_path / file).write_text(file)
+    refused(converted, tmp_path, to="hf", match="exists; name another directory or remove it")
+    assert {x.name: x.read_text() for x in tmp_path.iterdir()} == {n: n for n in files}
+
+
+def test_links_and_directories_are_not_what_a_kill_left(converted, tmp_path):
+    (tmp_path / "out" / "config.json.tmp").mkdir(parents=True)
+    (tmp_path / "link").symlink_to(tmp_path / "out")
+    (tmp_path / "empty").mkdir()
+    for name in ("out", "link", "empty"):
+        refused(converted, tmp_path / name, to="hf", match="exists")
+    (tmp_path / "out" / "config.json.tmp").rmdir()
+    (tmp_path / "out" / "config.json.tmp").symlink_to("/etc/hostname")
+    refused(converted, tmp_path / "out", to="hf", match="exists")
+
+
+def test_what_another_process_is_writing_is_left_alone(converted, tmp_path):
+    with ShardWriter(tmp_path / "hf", {"w": ("F32", (1,))}) as writer:
+        refused(converted, tmp_path / "hf", to="hf", match="exists")
+        writer.put("w", np.ones(1, np.float32))
+    assert os.listdir(tmp_path / "hf") == ["model.safetensors"]
 
 
 def test_a_foreign_directory_is_left_alone(tmp_path):

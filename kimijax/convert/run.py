@@ -15,12 +15,19 @@ from kimijax.config_tree import expanded
 from kimijax.convert.export_config import to_hub
 from kimijax.convert.header import DTYPES as FILE_DTYPES
 from kimijax.convert.header import reading
-from kimijax.convert.load import is_hub, open_store
+from kimijax.convert.load import CONFIG, is_hub, open_store
 from kimijax.convert.names import Rule, rules
 from kimijax.convert.source import DTYPES, SHAPES, Source, open_source, prefix, read_json
 from kimijax.convert.store import NOTES, PARAMS, stored
-from kimijax.convert.to_store import beside, cast, convert_to_store, row_slices, stored_dtype
-from kimijax.convert.write import ShardWriter
+from kimijax.convert.to_store import (
+    BESIDE,
+    beside,
+    cast,
+    convert_to_store,
+    row_slices,
+    stored_dtype,
+)
+from kimijax.convert.write import ShardWriter, remove_unfinished
 from kimijax.errors import UserError
 
 Progress = Callable[[int, int], None]  # (bytes just done, bytes in all)
@@ -46,7 +53,8 @@ def convert(
     """
     if out.name in ("", ".."):
         raise UserError(f"{out}: must end in the name of a new directory")
-    if os.path.lexists(out):  # a link to nothing exists, too
+    left = to == "hf" and remove_unfinished(out, (CONFIG, *BESIDE))
+    if not left and os.path.lexists(out):  # a link to nothing exists, too
         raise UserError(f"{out}: exists; name another directory or remove it")
     wanted = None if dtype is None else DTYPES[dtype]
     if is_hub(source):
@@ -148,7 +156,7 @@ def _write(
     plan |= dict.fromkeys(shapes, (shape_dtype, (2,)))
     total = sum(int(np.prod(shape)) * FILE_DTYPES[kind].itemsize for kind, shape in plan.values())
     with ShardWriter(out, plan, new=new) as writer:
-        writer.add("config.json", json.dumps(_config(cfg, hub, kinds), indent=1).encode())
+        writer.add(CONFIG, json.dumps(_config(cfg, hub, kinds), indent=1).encode())
         for name, path in files:
             with reading(path):
                 content = path.read_bytes()
