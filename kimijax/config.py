@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from kimijax.errors import UserError
 
 LARGEST = 2**31 - 1  # of any number in a config: beyond it shapes overflow
+MOST_LAYERS = 100_000  # with their repeats: `ModelConfig.layers` writes them out
 
 
 def _positive(cfg, *names: str) -> None:
@@ -310,6 +311,9 @@ class ModelConfig:
         _positive(self, "vocab", "width", "norm_eps", "embed_std")
         if self.context is not None:
             _positive(self, "context")
+        count = sum(len(group.layers) * group.repeat for group in self.groups)
+        if count > MOST_LAYERS:
+            raise UserError(f"a model of {count} layers is above {MOST_LAYERS}; lower its repeats")
         for layer in (layer for group in self.groups for layer in group.layers):
             form = getattr(layer.ffn, "weights", None)
             if isinstance(form, Int4Config) and self.width % form.group:

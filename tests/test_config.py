@@ -53,6 +53,7 @@ def test_a_wrong_name_raises_with_the_nearest_right_one(path, message):
         ({"groups.1.layers.0.mixer.window": 48}, "must be a multiple of the index block 32"),
         ({"groups.1.layers.0.ffn.normalize": True}, "router cannot learn"),
         ({"groups.1.layers.0.conv": -3}, "0 or 2 to 64 taps"),
+        ({"groups.0.repeat": 100_000}, "a model of 1000.. layers is above 100000; lower its"),
     ],
 )
 def test_values_that_cannot_be_are_refused(change, message):

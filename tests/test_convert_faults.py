@@ -164,6 +164,17 @@ def test_a_foreign_directory_is_left_alone(tmp_path):
     assert thesis.exists()
 
 
+def test_repeats_that_no_memory_holds_are_refused(ours):
+    config = json.loads((ours / "config.json").read_text())
+    config["groups"][1]["repeat"] = 10**9
+    (ours / "config.json").write_text(json.dumps(config))
+    match = r"config.json: a model of 1000000001 layers is above 100000"
+    with pytest.raises(UserError, match=match) as error:
+        load(ours)
+    assert "\n" not in str(error.value)
+    refused(ours, ours.with_name("hf"), to="hf", match=match)
+
+
 def test_notes_that_a_kill_left_do_not_keep_it_from_loading(ours, converted):
     for name in (to_store.CLAIM, to_store.DONE, to_store.LOCK):
         (ours / name).write_text("x")
