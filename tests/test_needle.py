@@ -109,6 +109,9 @@ def _foreign(directory):
         (["--seed", "-1"], "--seed"),
         (["--checkpoint", "{tmp}/nothing", "--haystack", "{text}"], "nothing"),
         (["--checkpoint", "{foreign}", "--haystack", "{text}"], "foreign"),
+        (["--haystack", "a\0b"], "'a\\x00b': is no path"),
+        (["--checkpoint", "x" * 5000, "--haystack", "{text}"], "File name too long"),
+        (["--out", "", "--haystack", "{text}"], "a path is empty"),
         (["--out", "/proc/nowhere", "--haystack", "{text}"], "--out /proc/nowhere"),
     ],
 )

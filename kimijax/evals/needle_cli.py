@@ -11,6 +11,7 @@ Writes results.json and heatmap.png into --out.
 import argparse
 from pathlib import Path
 
+from kimijax.commands.paths import path
 from kimijax.errors import UserError
 
 CONTEXTS = (32768, 131072, 524288, 2097152)
@@ -25,15 +26,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         f"{','.join(map(str, CONTEXTS))}; with --haystack: all of it)")
     add("--needles", type=int, default=100, help="pass keys to hide (default: %(default)s)")
     add("--seed", type=int, default=0, help="of words, digits and the order of files")
-    add("--haystack", metavar="DIR|FILE", help="your own text (default: held-out Python files)")
+    add("--haystack", type=path, metavar="DIR|FILE",
+        help="your own text (default: held-out Python files)")
     add("--ask", metavar="WORD", help="ask for a key that the haystack states; hide none")
     add("--question", metavar="TEXT", help="other words to ask with; must contain {word}")
     add("--twins", action="store_true", help="give every word a twin that differs in one letter")
     add("--attention", choices=("compressed", "exact"), default="compressed",
         help="exact reads every key of the past, at quadratic cost")
     add("--yes", action="store_true", help="run exact attention however long it takes")
-    add("--checkpoint", metavar="DIR", default=str(CHECKPOINT), help="default: the one shipped")
-    add("--out", metavar="DIR", default="runs/needle_2m", help="default: %(default)s")
+    add("--checkpoint", type=path, metavar="DIR", default=str(CHECKPOINT),
+        help="default: the one shipped")
+    add("--out", type=path, metavar="DIR", default="runs/needle_2m", help="default: %(default)s")
 
 
 def numbers(text: str, least: int) -> tuple[int, ...]:
