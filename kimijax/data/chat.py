@@ -19,6 +19,7 @@ from kimijax.errors import UserError
 SYSTEM = "You are Kimi, an AI assistant created by Moonshot AI."
 ROLES = ("system", "user", "assistant", "tool")
 MAX_RENDERED = 1 << 26  # characters
+MAX_BITS = 4096  # of a whole number that a template multiplies up
 MAX_SECONDS = 10.0  # of one rendering, which takes milliseconds
 
 _TEMPLATE_FAULT = "the chat template fails", "mend it, or leave it out for Kimi K2's own format"
@@ -313,15 +314,17 @@ def _guarded(name: str, function: Callable) -> Callable:
     return run
 
 
-def _repeat(a, b):
+def _times(a, b):
+    if isinstance(a, int) and isinstance(b, int) and a.bit_length() + b.bit_length() > MAX_BITS:
+        raise UserError(f"the chat template computes a product of more than {MAX_BITS} bits")
     _check_size(max(_size(a) * b if isinstance(b, int) else 0,
                     _size(b) * a if isinstance(a, int) else 0))
     return a * b
 
 
 def _power(a, b):
-    if isinstance(a, int) and isinstance(b, int) and a.bit_length() * b > 4096:
-        raise UserError("the chat template computes a power of more than 4096 bits")
+    if isinstance(a, int) and isinstance(b, int) and a.bit_length() * b > MAX_BITS:
+        raise UserError(f"the chat template computes a power of more than {MAX_BITS} bits")
     return a**b
 
 
@@ -403,5 +406,5 @@ def _compiled(source: str):
     environment.filters = {n: _guarded(n, f) for n, f in environment.filters.items()}
     environment.globals["raise_exception"] = raise_exception
     del environment.globals["lipsum"]  # writes as much as it is asked for
-    environment.binop_table |= {"+": _add, "*": _repeat, "**": _power, "%": _remainder}
+    environment.binop_table |= {"+": _add, "*": _times, "**": _power, "%": _remainder}
     return environment.from_string(source)
