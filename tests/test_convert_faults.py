@@ -18,7 +18,7 @@ from kimijax.convert.run import convert
 from kimijax.convert.source import read_json
 from kimijax.convert.write import ShardWriter
 from kimijax.errors import UserError
-from tests.test_convert import GOLDENS, quantised, quiet, tensors, write
+from tests.test_convert import GOLDENS, quantised, quiet, same, tensors, write
 
 PLAIN = "model.layers.1.self_attn.o_proj.weight"
 

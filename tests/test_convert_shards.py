@@ -173,7 +173,8 @@ def test_a_leaf_that_is_not_of_this_process_is_not_needed():
             return shape[0] // 4, *shape[1:]
 
         def addressable_devices_indices_map(self, shape):
-            return {d: (slice(2 * i, 2 * i + 2), slice(None)) for i, d in zip((1, 2), "ab", strict=True)}
+            pairs = zip((1, 2), "ab", strict=True)
+            return {d: (slice(2 * i, 2 * i + 2), slice(None)) for i, d in pairs}
 
     leaf = Shards("w", (8, 3), np.float32, Other())
     assert [leaf.holds((i,)) for i in range(8)] == [False, False, *[True] * 4, False, False]
