@@ -268,3 +268,18 @@ def test_no_leaf_is_held_twice(tmp_path):
             assert done.returncode == 0, done.stderr
             print(directory.name, layout, done.stdout)
             assert float(done.stdout) < 1.4
+
+
+@pytest.mark.parametrize("layout, said", [
+    ({}, "there is no sharding for embed"),
+    ({"embed": PartitionSpec(None, None, None, "y")}, "embed .* cannot be laid out"),
+])
+def test_layouts_that_do_not_fit_are_refused(layout, said):
+    def shardings(cfg):
+        if not layout:
+            return {}
+        names = flatten_dict(abstract_params(Model(cfg, local()))["params"], sep=".")
+        return {n: NamedSharding(mesh(), layout.get(n, PartitionSpec())) for n in names}
+
+    with pytest.raises(UserError, match=said):
+        load(GOLDENS / "k2_tiny", shardings=shardings)

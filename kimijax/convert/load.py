@@ -158,10 +158,13 @@ def _empty(
     cfg: ModelConfig, dtype: np.dtype, shardings: Shardings | None
 ) -> dict[str, Shards]:
     """Every parameter by its name joined by ".", to be filled; UserError: one cannot be divided."""
+    shapes = parameter_shapes(cfg)
     layout = None if shardings is None else shardings(cfg)
+    if layout is not None and (missing := sorted(shapes.keys() - layout.keys())):
+        raise UserError(f"there is no sharding for {missing[0]} ({len(missing)} such parameters)")
     return {
         name: Shards(name, x.shape, leaf_dtype(name, x.dtype, dtype), layout and layout[name])
-        for name, x in parameter_shapes(cfg).items()
+        for name, x in shapes.items()
     }
 
 

@@ -142,7 +142,7 @@ def _boxes(
     try:
         sharding.shard_shape(shape)  # refuses what does not divide; the map below does not
         found = sharding.addressable_devices_indices_map(shape)
-    except ValueError as error:
+    except (ValueError, IndexError) as error:  # too many dims are an IndexError
         raise UserError(
             f"{name} {shape} cannot be laid out as {sharding}: {brief(error)}; shard other dims"
         ) from error
