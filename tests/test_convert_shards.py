@@ -228,16 +228,19 @@ def test_each_of_several_hosts_reads_what_its_devices_hold():
 
 
 PEAK = """
-import resource, sys
-import jax, numpy as np
+import re, sys
+import jax, numpy as np, tensorstore
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from kimijax.convert import shards
 from kimijax.convert.load import load
+shards.PIECE = 2**23  # small beside the weights of the test, as it is beside a model's
 from kimijax.model import parameter_shapes
 mesh = Mesh(np.array(jax.devices()), ("x",))
 def shardings(cfg):
     return {n: NamedSharding(mesh, PartitionSpec(*(None, "x") if x.shape[1:2] == (96,) else ()))
             for n, x in parameter_shapes(cfg).items()}
-peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+# Not getrusage: its peak is at least that of the process that started this one.
+peak = lambda: 1024 * int(re.search(r"VmHWM:\\s*(\\d+)", open("/proc/self/status").read())[1])
 jax.block_until_ready(jax.numpy.zeros(3))
 before = peak()
 model = load(sys.argv[1], "bfloat16", shardings=shardings if sys.argv[2] == "sharded" else None)
@@ -245,6 +248,7 @@ print((peak() - before) / sum(x.nbytes for x in jax.tree.leaves(model.params)))
 """
 
 
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the peak is read from /proc")
 def test_no_leaf_is_held_twice(tmp_path):
     """Peak memory over that of the weights: the host's copy of one tensor, and the programs."""
     config = json.loads((GOLDENS / "k2_tiny" / "config_hub.json").read_text())
@@ -259,15 +263,18 @@ def test_no_leaf_is_held_twice(tmp_path):
     source = write(tmp_path / "hub", arrays, config)
     assert sum(x.nbytes for x in arrays.values()) > 280e6
     convert(source, tmp_path / "ours", "orbax", None, False, quiet)
+    # Programs as users compile them: the tests' flags make in-place updates slow.
+    flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
     for directory in (source, tmp_path / "ours"):
         for layout in ("whole", "sharded"):
             done = subprocess.run(
                 [sys.executable, "-c", PEAK, str(directory), layout], cwd=ROOT, check=False,
-                capture_output=True, text=True, env=os.environ,
+                capture_output=True, text=True, env=os.environ | flags,
             )
             assert done.returncode == 0, done.stderr
             print(directory.name, layout, done.stdout)
-            assert float(done.stdout) < 1.4
+            # A chunk of ours is decoded whole beside the shards that are cut from it.
+            assert 1.0 < float(done.stdout) < (1.6 if directory.name == "ours" else 1.4)
 
 
 @pytest.mark.parametrize("layout, said", [

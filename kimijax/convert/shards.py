@@ -120,6 +120,9 @@ def _update(buffer: jax.Array, block: jax.Array, start: jax.Array) -> jax.Array:
 
 
 def _updated(buffer, block, start):
+    if buffer.dtype.itemsize >= 4 or not jnp.issubdtype(buffer.dtype, jnp.floating):
+        return jax.lax.dynamic_update_slice(buffer, block, start)
+
     def in_words(buffer, block, start):
         # On a CPU XLA takes narrow floats through float32, all of the buffer at every update.
         word = jnp.dtype(f"uint{8 * buffer.dtype.itemsize}")
