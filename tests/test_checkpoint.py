@@ -172,7 +172,7 @@ def test_missing_files_are_named(saved):
         ('"width": 32', '"width": "wide"', "config.width must be of type"),
         ('"width": 32', '"width": 1' + "0" * 30, "ModelConfig.width must be from 0 to 2.1"),
         ('"vocab": 16', '"vocab": 17', "has embed as float32 (16, 32), not float32 (17, 32)"),
-        ('"repeat": 2', '"repeat": 900000000', "repeat 900000000, but the weights have no dim"),
+        ('"repeat": 2', '"repeat": 90000', "repeat 90000, but the weights have no dim"),
         ('"taps": 2', '"taps": 900000000', "taps 900000000, but the weights have no dim"),
         ('"embed_std": 1.0', '"embed_std": 1e999', "cannot be read as JSON"),
         ("{", "", "cannot be read as JSON"),
