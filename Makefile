@@ -1,4 +1,5 @@
-# make env | test | run | lint | parity | matrix | clean.  Extra arguments: make run ARGS="--context 65536"
+# make env | test | run | lint | parity | matrix | ring | clean.
+# Extra arguments: make run ARGS="--context 65536"
 
 PYTHON ?= python3
 TORCH ?= torch==2.13.0+cpu
@@ -9,7 +10,7 @@ BENCH_STAMP := .venv-bench/.installed
 NEW_ENOUGH := -c 'import sys; sys.exit(sys.version_info < (3, 11))'
 HAS_PIP := -c 'import importlib.metadata; importlib.metadata.version("pip")'
 
-.PHONY: env venv test run lint parity matrix clean
+.PHONY: env venv test run lint parity matrix ring clean
 
 env: $(STAMP)
 

@@ -49,7 +49,8 @@ def _layer_macs(cfg: ModelConfig, layer: LayerConfig, n: int, exact: bool) -> di
     match layer.mixer:
         case WindowConfig() as w:
             macs["linear"] = n * d * w.head_dim * 2 * (w.heads + w.kv_heads)
-            macs["window"] = _window_pairs(n, w.window) * w.heads * 2 * w.head_dim
+            pairs = _window_pairs(n, w.window or n)
+            macs["window" if w.window else "attention"] = pairs * w.heads * 2 * w.head_dim
         case MLAConfig() as a:
             macs["linear"], macs["attention"] = _mla_macs(d, a, n)
         case KDAConfig() as k:
@@ -71,7 +72,7 @@ def _mla_macs(d: int, a: MLAConfig, n: int) -> tuple[float, float]:
         d * a.heads * (a.nope_dim + rope)
     )
     latent = d * (a.kv_rank + rope) + a.kv_rank * a.heads * (a.nope_dim + a.v_dim)
-    pairs = _window_pairs(n, a.window) if a.window else n * (n + 1) / 2
+    pairs = _window_pairs(n, a.window or n)
     linear = n * (query + latent + a.heads * a.v_dim * d)
     return linear, pairs * a.heads * (a.nope_dim + rope + a.v_dim)
 

@@ -4,7 +4,8 @@
     model = Model(cfg, plan.ops())
     params = jax.device_put(params, plan.shardings(cfg))
     call, order = plan.arrange(cfg, ids)           # padded, permuted
-    hidden = order.restore(jax.jit(model.apply, static_argnames="runs")(params, **call).hidden)
+    runs = call.pop("runs")
+    hidden = order.restore(model.apply(params, **call, runs=runs).hidden)
 """
 
 import functools
@@ -135,6 +136,8 @@ def _ops(plan: Plan) -> Ops:
     def attend(q, kv, up, *, scale):
         strategy = plan.strategy
         if strategy == "auto":
+            if isinstance(kv, Keys):
+                raise UserError("strategy auto counts latents, these layers send keys: name one")
             strategy = _cheapest(plan, _work(plan, q, kv, up))
         check(axes, strategy, q.nope.shape[2], q.nope.shape[1])
         source = HEADS if isinstance(kv, Keys) else LATENTS

@@ -126,7 +126,7 @@ def _answer_roll(
                 line.settimeout(patience + 5)
                 answer = line.makefile().readline(1000).strip()
         except (OSError, UnicodeDecodeError):
-            pass
+            pass  # it is not there yet, or something else is
         if not answer:
             time.sleep(0.2)
     if not answer:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import kernels_pallas.attention.xla as xla
-from kernels_pallas.attention import Keys, Queries, attention
+from kernels_pallas.attention import Keys, Queries, attention, attention_grads
 from kernels_pallas.partial import merge
 from tests.conftest import assert_close
 
@@ -122,3 +122,31 @@ def test_wrong_names_and_shapes_raise_with_the_values(rng):
         attention(q._replace(nope=q.nope[..., :7]), kv, scale=1.0, impl="xla")
     with pytest.raises(ValueError, match="rotary"):
         attention(q._replace(rope=None), kv, scale=1.0, impl="xla")
+
+
+@pytest.mark.parametrize("rope", [True, False])
+@pytest.mark.parametrize("impl, tiles", [("ref", 512), ("xla", 512), ("xla", 16)])
+def test_gradients_of_sets_of_keys_sum_to_that_of_all(rope, impl, tiles, rng, monkeypatch):
+    """What a ring does at each hop, against the gradient of attention to all keys at once."""
+    monkeypatch.setattr(xla, "TILE_Q", tiles)
+    monkeypatch.setattr(xla, "TILE_K", tiles)
+    q, kv = _inputs(rng, rope=rope)
+    cotangents = [jnp.asarray(rng.normal(size=s), jnp.float32) for s in ((2, 40, 4, 5), (2, 40, 4))]
+    want, p = jax.grad(_loss, has_aux=True)(_floats(q, kv), q, kv, "ref", cotangents)
+    d_lse = jnp.where(jnp.isneginf(p.lse), 0.0, cotangents[1])
+    delta = jnp.sum(p.out * cotangents[0], -1) - d_lse
+
+    def part(cut):
+        keys = jax.tree.map(lambda x: x[:, cut], kv)
+        return attention_grads(q, keys, p.lse, cotangents[0], delta, scale=0.3, impl=impl)
+
+    a, b = part(slice(0, 18)), part(slice(18, 40))
+    queries = jax.tree.map(jnp.add, a[:2], b[:2])
+    keys = jax.tree.map(lambda x, y: jnp.concatenate([x, y], 1), a[2:], b[2:])
+    assert_close((*queries, *keys), want)
+
+
+def test_gradients_by_an_unknown_name(rng):
+    q, kv = _inputs(rng)
+    with pytest.raises(ValueError, match="unknown impl='mosaic'"):
+        attention_grads(q, kv, None, None, None, scale=1.0, impl="mosaic")

@@ -178,21 +178,23 @@ def chunked(layer: str, packed: bool, plan: Plan | None):
     @jax.jit
     def run(params, given):
         def loss(params):
-            cache, hidden, aux = _cache(cfg, plan), [], []
+            cache, hidden, aux, chosen = _cache(cfg, plan), [], [], []
             for start in range(0, TOKENS, CHUNK):
                 piece = {k: x[:, start : start + CHUNK] for k, x in given.items()}
                 out = model.apply(params, **piece, cache=cache, aligned=True)
                 cache = out.cache
                 hidden.append(out.hidden)
                 aux.append(reports(out.aux))
+                chosen += _choices(out.aux, "mixer", "chosen")
             hidden = jnp.where(live[..., None], jnp.concatenate(hidden, 1), 0)
-            return jnp.sum(hidden * cotangent), (hidden, aux)
+            return jnp.sum(hidden * cotangent), (hidden, aux, chosen)
 
-        (_, (hidden, aux)), grads = jax.value_and_grad(loss, has_aux=True)(params)
-        return {"hidden": hidden, "grads": grads, "aux": aux}
+        (_, (hidden, aux, chosen)), grads = jax.value_and_grad(loss, has_aux=True)(params)
+        return {"hidden": hidden, "grads": grads, "aux": aux}, chosen
 
     params = jax.device_put(weights(layer), plan.shardings(cfg)) if plan else weights(layer)
-    return run(params, given), []
+    found, chosen = run(params, given)
+    return found, [np.asarray(x) for x in chosen]
 
 
 def decode(layer: str, packed: bool, plan: Plan | None):
