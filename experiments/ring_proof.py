@@ -10,7 +10,7 @@ Programs are compiled at the heads of Kimi K2 and read, not run: bytes for 8 vir
 the rest for TPU v5p by libtpu (the extra [tpu]), which needs no TPU. No time is measured.
 
 Most of what memory grows by are 16 MiB: the few hops of four chips are unrolled, the loop of 64
-keeps both projections in a second layout. Beside a share of 2048 tokens that is 3%, above the bound.
+keeps both projections in a second layout. Beside a share of 2048 tokens it is 3%, above the bound.
 Rings between the two were not compiled. On 64 chips one send of the backward is not hidden.
 """
 
@@ -43,7 +43,8 @@ def ring_text(mesh, tokens: int, *, expanded: bool = False, grads: bool = False)
     """
     import jax
 
-    from kimijax.parallel.attend import Axes, sharded
+    from kimijax.parallel.attend import sharded
+    from kimijax.parallel.axes import Axes
     from kimijax.parallel.sources import HEADS as KEYS
     from kimijax.parallel.sources import LATENTS
 

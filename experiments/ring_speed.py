@@ -138,7 +138,7 @@ def main(args: argparse.Namespace) -> int:
     import numpy as np
     from jax.sharding import NamedSharding
 
-    from kimijax.parallel.attend import Axes
+    from kimijax.parallel.axes import Axes
     from kimijax.parallel.mesh import make_mesh
     from kimijax.parallel.order import ORDERS, device_work, make_order
 

@@ -27,7 +27,8 @@ from kimijax.convert.to_store import (
     row_slices,
     stored_dtype,
 )
-from kimijax.convert.write import ShardWriter, remove_unfinished
+from kimijax.convert.unfinished import remove_unfinished
+from kimijax.convert.write import ShardWriter
 from kimijax.errors import UserError
 
 Progress = Callable[[int, int], None]  # (bytes just done, bytes in all)

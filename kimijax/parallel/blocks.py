@@ -16,7 +16,7 @@ from kernels_pallas.indexer import top_blocks as top_blocks_here
 from kernels_pallas.partial import Partial, empty, merge
 from kernels_pallas.select import select as select_here
 from kimijax.cache import FAR
-from kimijax.parallel.attend import Axes
+from kimijax.parallel.axes import Axes
 from kimijax.parallel.store import gathered, merge_over
 
 PIECES = 4  # a tile's choices are worked on in so many steps; steps without a block are skipped

@@ -13,7 +13,7 @@ import jax
 from jax.sharding import PartitionSpec as P
 
 from kimijax.errors import UserError
-from kimijax.parallel.attend import Axes
+from kimijax.parallel.axes import Axes
 
 AXIS = "expert"
 

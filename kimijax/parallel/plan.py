@@ -29,7 +29,8 @@ from kimijax.model import Model, abstract_params
 from kimijax.ops.attend import EXPERTS, Ops, local, tiled
 from kimijax.ops.delta import delta_runs
 from kimijax.parallel import blocks, experts, rules
-from kimijax.parallel.attend import STRATEGIES, Axes, check, sharded
+from kimijax.parallel.attend import STRATEGIES, check, sharded
+from kimijax.parallel.axes import Axes
 from kimijax.parallel.cost import Work, choose, explain, rates_of
 from kimijax.parallel.order import ORDERS, Order, make_order
 from kimijax.parallel.sources import HEADS, LATENTS

@@ -6,7 +6,8 @@ from jax.sharding import PartitionSpec as P
 from kernels_pallas.attention import Keys
 from kimijax.errors import UserError
 from kimijax.ops.attend import Latents, project
-from kimijax.parallel.attend import Axes, Source
+from kimijax.parallel.axes import Axes
+from kimijax.parallel.device import Source
 
 
 def _latents_of(kv: Latents, up, first, count: int, heads: int):

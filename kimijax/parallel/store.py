@@ -15,7 +15,7 @@ from kernels_pallas.attention import Keys
 from kernels_pallas.partial import Partial
 from kimijax.cache import Rows
 from kimijax.ops.attend import Latents, attend
-from kimijax.parallel.attend import Axes
+from kimijax.parallel.axes import Axes
 from kimijax.parallel.sources import HEADS, LATENTS
 
 

@@ -9,7 +9,8 @@ from kimijax.errors import UserError
 from kimijax.model import Model, abstract_params
 from kimijax.ops.attend import local
 from kimijax.parallel import rules
-from kimijax.parallel.attend import Axes, check
+from kimijax.parallel.attend import check
+from kimijax.parallel.axes import Axes
 from kimijax.parallel.mesh import AXES, make_mesh, parse_mesh
 from kimijax.parallel.order import device_work, make_order
 from kimijax.parallel.plan import Plan

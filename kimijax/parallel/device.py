@@ -1,0 +1,76 @@
+"""Attention on one device of many: the keys that are there, and their share of the gradients."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from kernels_pallas.attention import Keys, Queries, attention, attention_grads
+from kernels_pallas.partial import Partial
+from kimijax.parallel.axes import Axes
+
+
+class Source(NamedTuple):
+    """What travels, and how keys are made of it.
+
+    project  (kv, up) -> Keys; kv a NamedTuple with pos and seg, up weights (() for none)
+    mine     (kv, up, first, count) -> the same of `count` heads from `first`, of `heads` in all
+    specs    (axes, kv, up) -> PartitionSpecs of kv and of up
+    """
+
+    project: Callable[[Any, Any], Keys]
+    mine: Callable[[Any, Any, jax.Array, int, int], tuple[Any, Any]]
+    specs: Callable[[Axes, Any, Any], tuple[Any, Any]]
+
+
+class Local(NamedTuple):
+    """What the strategies need to know on a device."""
+
+    axes: Axes
+    source: Source
+    scale: float
+    impl: str
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return self.axes.tokens
+
+    def keys_of(self, kv, up, q: Queries) -> Partial:
+        return attention(q, self.source.project(kv, up), scale=self.scale, impl=self.impl)
+
+    def grads_of(self, kv, up, q: Queries, lse, d_out, delta):
+        """(d_q nope and rope, d_kv floats, d_up), float32, of the keys that lie here."""
+        wide = lambda x: x.astype(jnp.float32)  # noqa: E731
+        keys = self.source.project(kv, up)
+        d_nope, d_rope, *d_keys = attention_grads(
+            q, keys, lse, d_out, delta, scale=self.scale, impl=self.impl
+        )
+
+        def project(floats, up):
+            keys = self.source.project(join(kv, floats), up)
+            return keys.key, keys.value, keys.rope
+
+        _, pull = jax.vjp(project, *jax.tree.map(wide, (floats_of(kv), up)))
+        d_kv, d_up = pull(tuple(d_keys))
+        return (d_nope, d_rope), d_kv, d_up
+
+
+def floats_of(kv):
+    """kv without its positions and segments."""
+    return kv._replace(pos=None, seg=None)
+
+
+def join(kv, floats):
+    """`floats` with the positions and segments of kv."""
+    return floats._replace(pos=kv.pos, seg=kv.seg)
+
+
+def zeros_like(tree):
+    """float32 zeros in the shapes of a tree."""
+    return jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), tree)
+
+
+def add(a, b):
+    """Sum of two trees."""
+    return jax.tree.map(jnp.add, a, b)
