@@ -1,0 +1,86 @@
+"""What positions and segments of whole blocks say: which pairs see nothing, which see everything.
+
+A kernel decides by a block's extremes, not by a mask: memory grows with the number of blocks, and
+any order of the sequence works (one in order costs half). Extremes are of live queries and keys,
+those that are no padding and, for keys, written.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+FAR = jnp.iinfo(jnp.int32).max  # the position of an unwritten key
+
+
+class QueryBounds(NamedTuple):
+    """Of a block of queries, int32."""
+
+    first: jax.Array  # least position
+    last: jax.Array
+    reach: jax.Array  # least `since`
+    near: jax.Array  # greatest `since`
+    low: jax.Array  # least segment
+    high: jax.Array
+    live: jax.Array  # 1: all are
+
+
+class KeyBounds(NamedTuple):
+    """Of a block of keys, int32."""
+
+    first: jax.Array
+    last: jax.Array
+    low: jax.Array
+    high: jax.Array
+    live: jax.Array
+
+
+def _least(x, live):
+    return jnp.where(live, x, FAR).min(-1)
+
+
+def _most(x, live):
+    return jnp.where(live, x, -1).max(-1)
+
+
+def query_bounds(pos, seg, since, size: int) -> QueryBounds:
+    """Of blocks of `size` along the last axis, which it divides: ... t -> ... t/size."""
+    pos, seg, since = (x.reshape(*x.shape[:-1], -1, size) for x in (pos, seg, since))
+    live = seg >= 0
+    return QueryBounds(
+        _least(pos, live), _most(pos, live), _least(since, live), _most(since, live),
+        _least(seg, live), _most(seg, live), live.all(-1).astype(jnp.int32),
+    )
+
+
+def key_bounds(pos, seg, size: int) -> KeyBounds:
+    """Of blocks of `size` along the last axis, which it divides: ... s -> ... s/size."""
+    pos, seg = (x.reshape(*x.shape[:-1], -1, size) for x in (pos, seg))
+    live = (seg >= 0) & (pos < FAR)
+    return KeyBounds(
+        _least(pos, live), _most(pos, live), _least(seg, live), _most(seg, live),
+        live.all(-1).astype(jnp.int32),
+    )
+
+
+def any_pair(q: QueryBounds, k: KeyBounds) -> jax.Array:
+    """False: no query of the block sees a key of the other. True says nothing."""
+    in_time = (k.first <= q.last) & (k.last >= q.reach)
+    return in_time & (q.low <= k.high) & (k.low <= q.high)
+
+
+def every_pair(q: QueryBounds, k: KeyBounds) -> jax.Array:
+    """True: every query of the block sees every key of the other. False says nothing."""
+    in_time = (k.last <= q.first) & (k.first >= q.near)
+    one = (q.low == q.high) & (k.low == k.high) & (q.low == k.low)
+    return in_time & one & (q.live * k.live == 1)
+
+
+def span(q: QueryBounds, k: KeyBounds) -> tuple[jax.Array, jax.Array]:
+    """The first key block that a query block may see and how many to the last: ... m."""
+    pairs = any_pair(*(jax.tree.map(lambda x: x[..., :, None], q),
+                       jax.tree.map(lambda x: x[..., None, :], k)))
+    first = jnp.argmax(pairs, -1)
+    last = pairs.shape[-1] - 1 - jnp.argmax(pairs[..., ::-1], -1)
+    count = jnp.where(pairs.any(-1), last - first + 1, 0)
+    return first.astype(jnp.int32), count.astype(jnp.int32)
