@@ -5,17 +5,31 @@ and value per head, one rotary key shared by all heads) and absorbed (the latent
 of a single KV head). Masks come from positions and segments and from nothing else.
 """
 
+import functools
 from typing import NamedTuple
 
 import jax
 
-from kernels_pallas.attention import ref, xla
+from kernels_pallas.attention import ref, tpu, tpu_bwd, xla
+from kernels_pallas.attention.vjp import differentiable
 from kernels_pallas.attention.xla import overlap as overlap
 from kernels_pallas.partial import Partial
 
 # b batch, t query, s key, g KV head, h query head, n key dim, p rotary dim, v value dim
-IMPLS = {"ref": ref.attention, "xla": xla.attention}
-GRADS = {"ref": ref.attention_grads, "xla": xla.attention_grads}
+GRADS = {
+    "ref": ref.attention_grads,
+    "xla": xla.grads,
+    "pallas": tpu_bwd.grads,
+    "pallas_interpret": functools.partial(tpu_bwd.grads, interpret=True),
+}
+IMPLS = {
+    "ref": ref.attention,
+    "xla": differentiable(xla.forward, xla.grads),
+    "pallas": differentiable(tpu.forward, tpu_bwd.grads),
+    "pallas_interpret": differentiable(
+        functools.partial(tpu.forward, interpret=True), GRADS["pallas_interpret"]
+    ),
+}
 
 
 class Queries(NamedTuple):
@@ -41,8 +55,9 @@ class Keys(NamedTuple):
 def attention(q: Queries, kv: Keys, *, scale: float, impl: str) -> Partial:
     """Causal attention of `q` to `kv` by position; out b t h v, lse and max_logit b t h.
 
-    Sequence order is free. `impl` is named by the caller ("ref", "xla"); a wrong name or shapes
-    that do not fit raise ValueError. Differentiable in all float inputs, through out and lse.
+    Sequence order is free. `impl` is named by the caller: "ref", "xla", "pallas" (a TPU) or
+    "pallas_interpret" (the same kernels, interpreted on any device). A wrong name or shapes that do
+    not fit raise ValueError. Differentiable in all float inputs, through out and lse.
     """
     if impl not in IMPLS:
         raise ValueError(f"attention: unknown {impl=}, there are {sorted(IMPLS)}")

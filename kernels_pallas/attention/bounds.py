@@ -76,11 +76,15 @@ def every_pair(q: QueryBounds, k: KeyBounds) -> jax.Array:
     return in_time & one & (q.live * k.live == 1)
 
 
-def span(q: QueryBounds, k: KeyBounds) -> tuple[jax.Array, jax.Array]:
-    """The first key block that a query block may see and how many to the last: ... m."""
-    pairs = any_pair(*(jax.tree.map(lambda x: x[..., :, None], q),
-                       jax.tree.map(lambda x: x[..., None, :], k)))
-    first = jnp.argmax(pairs, -1)
+def pairs(q: QueryBounds, k: KeyBounds) -> jax.Array:
+    """any_pair of every block of queries with every block of keys: ... m c."""
+    down = jax.tree.map(lambda x: x[..., :, None], q)
+    return any_pair(down, jax.tree.map(lambda x: x[..., None, :], k))
+
+
+def span(pairs: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Along the last axis: the first that is true, and how many to the last that is."""
     last = pairs.shape[-1] - 1 - jnp.argmax(pairs[..., ::-1], -1)
+    first = jnp.argmax(pairs, -1)
     count = jnp.where(pairs.any(-1), last - first + 1, 0)
     return first.astype(jnp.int32), count.astype(jnp.int32)

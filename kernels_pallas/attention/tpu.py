@@ -20,7 +20,6 @@ VMEM, bfloat16, 192/128, 1024 queries x 2048 keys: queries 0.4 MiB, keys 0.5 + 0
 values 0.5, all twice; out 0.5 MiB twice, accumulator 0.5; scores in flight, 3 x 128 KiB: 6 MiB.
 """
 
-import functools
 from typing import NamedTuple
 
 import jax
@@ -35,6 +34,7 @@ from kernels_pallas.attention.bounds import (
     any_pair,
     every_pair,
     key_bounds,
+    pairs,
     query_bounds,
     span,
 )
@@ -44,6 +44,7 @@ LANE = 128
 SUB, LANES = 128, 256  # keys x queries of one step
 PIECE = 512  # keys that are decided upon together
 BLOCK_Q, BLOCK_K = 1024, 2048
+VMEM = 48 << 20  # bytes a kernel may use; it takes a fraction, the compiler's limit is lower
 LOG2E = 1.4426950408889634
 
 
@@ -56,13 +57,21 @@ class Blocks(NamedTuple):
     k: int
 
 
-def blocks_for(t: int, s: int) -> Blocks:
-    """For t queries and s keys, which are padded to multiples of `q` and `k`."""
-    q = min(BLOCK_Q, -(-t // LANE) * LANE)
-    q = LANES if q < LANES else q // LANES * LANES if t > LANE else LANE
-    piece = min(PIECE, -(-s // SUB) * SUB)
-    k = min(BLOCK_K // piece, -(-s // piece)) * piece
-    return Blocks(min(LANES, q), q, piece, k)
+def blocks_for(t: int, s: int, block_q: int, block_k: int, dtype) -> Blocks:
+    """For t queries and s keys, which are padded to multiples of `q` and `k`.
+
+    An exact float32 product is six of the matrix unit: a smaller block is as long a schedule.
+    """
+    lanes = LANE if t <= LANE else LANES
+    block_k = block_k // 4 if dtype == jnp.float32 else block_k
+    q = min(block_q, up(t, lanes))
+    piece = min(PIECE, up(s, SUB))
+    return Blocks(lanes, q, piece, min(max(block_k // piece, 1) * piece, up(s, piece)))
+
+
+def up(x: int, size: int) -> int:
+    """x, or the next multiple of size."""
+    return -(-x // size) * size
 
 
 def pad(x, size: int, axis: int, fill=0):
@@ -115,18 +124,19 @@ class Scalars(NamedTuple):
     queries: jax.Array
     keys: jax.Array
     pieces: jax.Array
-    first: jax.Array  # of a block of queries: its first block of keys
-    count: jax.Array  # and how many there are
+    first: jax.Array  # of a block of queries its first of keys, or the other way about
+    count: jax.Array  # and how many to the last
 
 
-def scalars(x: Inputs, blocks: Blocks) -> Scalars:
-    """Bounds of the blocks of a call."""
+def scalars(x: Inputs, blocks: Blocks, by_keys: bool = False) -> Scalars:
+    """Bounds of the blocks of a call; `first` and `count` of queries, or of keys."""
     of_q = query_bounds(*(x.q_where[:, i] for i in range(3)), blocks.q)
     of_k, of_pieces = (
         key_bounds(x.k_where[:, 0], x.k_where[:, 1], size) for size in (blocks.k, blocks.piece)
     )
     flat = lambda bounds: jnp.stack(bounds, -1).reshape(-1)  # noqa: E731
-    first, count = span(of_q, of_k)
+    met = pairs(of_q, of_k)
+    first, count = span(met.swapaxes(-1, -2) if by_keys else met)
     return Scalars(flat(of_q), flat(of_k), flat(of_pieces), first.reshape(-1), count.reshape(-1))
 
 
@@ -169,26 +179,25 @@ def scores(q_refs, k_refs, at, lanes):
     return dot(key, query, (1, 0))
 
 
-def attend(refs, state: State, blocks: Blocks, start, keys: int, masked: bool) -> None:
+def attend(x: Inputs, state: State, blocks: Blocks, start, keys: int, masked: bool) -> None:
     """Merge `keys` keys from `start` into the state; one schedule."""
-    q_refs, q_where, k_refs, v_ref, k_where = refs
     groups = [pl.ds(c, blocks.lanes) for c in range(0, blocks.q, blocks.lanes)]
     steps = [(start + i, c) for i in range(0, keys, SUB) for c in range(len(groups))]
     top, total = ([ref[:, lanes] for lanes in groups] for ref in (state.top, state.total))
 
     def values(at, c, p, shrink):
         lanes = groups[c]
-        more = dot(v_ref[pl.ds(at, SUB)], p.astype(v_ref.dtype), (0, 0))
+        more = dot(x.value[pl.ds(at, SUB)], p.astype(x.value.dtype), (0, 0))
         state.acc[:, lanes] = state.acc[:, lanes] * shrink + more
 
-    s, waiting, where = scores(q_refs, k_refs, steps[0][0], groups[0]), None, None
+    s, waiting, where = scores(x.q, x.key, steps[0][0], groups[0]), None, None
     for n, (at, c) in enumerate(steps):
         following = None
         if n + 1 < len(steps):
-            following = scores(q_refs, k_refs, steps[n + 1][0], groups[steps[n + 1][1]])
+            following = scores(x.q, x.key, steps[n + 1][0], groups[steps[n + 1][1]])
         if masked:
-            where = columns(k_where, at) if c == 0 else where
-            s = jnp.where(visible(q_where, *where, groups[c]), s, MASKED)
+            where = columns(x.k_where, at) if c == 0 else where
+            s = jnp.where(visible(x.q_where, *where, groups[c]), s, MASKED)
         highest = jnp.maximum(top[c], s.max(0, keepdims=True))
         p, shrink = jnp.exp2(s - highest), jnp.exp2(top[c] - highest)
         total[c], top[c] = total[c] * shrink + p.sum(0, keepdims=True), highest
@@ -200,9 +209,8 @@ def attend(refs, state: State, blocks: Blocks, start, keys: int, masked: bool) -
         state.top[:, lanes], state.total[:, lanes] = most, sum_
 
 
-def _kernel(known: Scalars, q_refs, q_where, k_refs, v_ref, k_where, *written, blocks: Blocks, count: int):
-    out, state = Partial(*written[:3]), State(*written[3:])
-    row, i, j = pl.program_id(0), pl.program_id(2), pl.program_id(3)
+def _kernel(known: Scalars, x: Inputs, out: Partial, state: State, blocks: Blocks, keys: int):
+    row, i, j = (pl.program_id(axis) for axis in (0, 2, 3))
     block_q = row * pl.num_programs(2) + i
 
     @pl.when(j == 0)
@@ -211,17 +219,16 @@ def _kernel(known: Scalars, q_refs, q_where, k_refs, v_ref, k_where, *written, b
         state.top[...] = jnp.full_like(state.top, MASKED)
         state.total[...] = jnp.zeros_like(state.total)
 
-    block_k = row * count + known.first[block_q] + j
+    block_k = row * keys + known.first[block_q] + j
     within = j < known.count[block_q]
     of_q = read(QueryBounds, known.queries, block_q)
     of_k = read(KeyBounds, known.keys, jnp.where(within, block_k, 0))
     every = within & every_pair(of_q, of_k)
-    refs = q_refs, q_where, k_refs, v_ref, k_where
     per = blocks.k // blocks.piece
 
     @pl.when(every)
     def _():
-        attend(refs, state, blocks, 0, blocks.k, masked=False)
+        attend(x, state, blocks, 0, blocks.k, masked=False)
 
     @pl.when(within & ~every & any_pair(of_q, of_k))
     def _():
@@ -230,7 +237,7 @@ def _kernel(known: Scalars, q_refs, q_where, k_refs, v_ref, k_where, *written, b
             @pl.when(any_pair(of_q, read(KeyBounds, known.pieces, block_k * per + n)))
             def _():
                 start = pl.multiple_of(n * blocks.piece, blocks.piece)
-                attend(refs, state, blocks, start, blocks.piece, masked=True)
+                attend(x, state, blocks, start, blocks.piece, masked=True)
 
     @pl.when(j == pl.num_programs(3) - 1)
     def _():
@@ -243,60 +250,66 @@ def _kernel(known: Scalars, q_refs, q_where, k_refs, v_ref, k_where, *written, b
 
 def forward(q, kv, *, scale: float, interpret: bool = False) -> Partial:
     """The op's TPU form. See the package docstring for the contract."""
-    (b, t, h, _), g = q.nope.shape, kv.key.shape[2]
-    blocks = blocks_for(t, kv.pos.shape[1])
+    (b, t, h, _), s = q.nope.shape, kv.pos.shape[1]
+    blocks = blocks_for(t, s, BLOCK_Q, BLOCK_K, kv.key.dtype)
     x = inputs(q, kv, scale, blocks)
     known = scalars(x, blocks)
     v, length = x.value.shape[-1], x.q_where.shape[-1]
-    queries = length // blocks.q
+    in_specs, out_specs = _specs(x, blocks)
+    keys = up(s, blocks.k) // blocks.k
 
-    def keys_at(row, i, j, known):
-        block = row * queries + i
-        last = jnp.maximum(known.count[block] - 1, 0)
-        return known.first[block] + jnp.minimum(j, last)
+    def kernel(*refs):
+        known, x, out, state = Scalars(*refs[:5]), refs[5], Partial(*refs[6:9]), State(*refs[9:])
+        _kernel(known, x, out, state, blocks, keys)
 
-    across = lambda n: pl.BlockSpec(  # noqa: E731
-        (None, None, n, blocks.q), lambda b, h, i, j, *_: (b, h, 0, i)
-    )
-    down = lambda n: pl.BlockSpec(  # noqa: E731
-        (None, None, blocks.k, n),
-        lambda b, m, i, j, *known: (b, jax.lax.div(m, h // g), keys_at(b, i, j, Scalars(*known)), 0),
-    )
-    shared = lambda n: pl.BlockSpec(  # noqa: E731
-        (None, blocks.k, n), lambda b, h, i, j, *known: (b, keys_at(b, i, j, Scalars(*known)), 0)
-    )
-    n, rope = x.q[0].shape[2], x.q[1] is not None
-    p = x.q[1].shape[2] if rope else 0
-    call = pl.pallas_call(
-        lambda *refs: _kernel(Scalars(*refs[:5]), *refs[5:], blocks=blocks, count=x.k_where.shape[-1] // blocks.k),
+    out = pl.pallas_call(
+        kernel,
         grid_spec=pltpu.PrefetchScalarGridSpec(
-            num_scalar_prefetch=5,
-            grid=(b, h, queries, jnp.maximum(known.count.max(), 1)),
-            in_specs=[
-                (across(n), across(p) if rope else None),
-                pl.BlockSpec((None, 3, blocks.q), lambda b, h, i, j, *_: (b, 0, i)),
-                (down(n), shared(p) if rope else None), down(v),
-                pl.BlockSpec((None, 2, blocks.k), lambda b, h, i, j, *known: (
-                    b, 0, keys_at(b, i, j, Scalars(*known)))),
-            ],
-            out_specs=Partial(across(v), across(1), across(1)),
-            scratch_shapes=[
-                pltpu.VMEM((rows, blocks.q), jnp.float32) for rows in (v, 1, 1)
-            ],
+            num_scalar_prefetch=len(known),
+            grid=(b, h, length // blocks.q, jnp.maximum(known.count.max(), 1)),
+            in_specs=[in_specs],
+            out_specs=out_specs,
+            scratch_shapes=[pltpu.VMEM((rows, blocks.q), jnp.float32) for rows in (v, 1, 1)],
         ),
         out_shape=Partial(*(
             jax.ShapeDtypeStruct((b, h, rows, length), jnp.float32) for rows in (v, 1, 1)
         )),
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "parallel", "parallel", "arbitrary"),
-            vmem_limit_bytes=48 << 20,
+            vmem_limit_bytes=VMEM,
         ),
         interpret=interpret,
         name="attention",
-    )
-    out = call(*known, *x)
+    )(*known, x)
     back = lambda x: jnp.moveaxis(x, 3, 1)[:, :t]  # noqa: E731
     return Partial(back(out.out), back(out.lse)[..., 0], back(out.max_logit)[..., 0])
 
 
-attention = functools.partial(forward)
+def _specs(x: Inputs, blocks: Blocks) -> tuple[Inputs, Partial]:
+    """Blocks of the inputs and outputs; keys that nobody needs are not read."""
+    h, g, queries = x.q[0].shape[1], x.value.shape[1], x.q_where.shape[-1] // blocks.q
+
+    def spec(shape, index):
+        def at(b, h, i, j, *known):
+            known, block = Scalars(*known), b * queries + i
+            last = jnp.maximum(known.count[block] - 1, 0)
+            return index(b, h, i, known.first[block] + jnp.minimum(j, last))
+
+        return pl.BlockSpec(shape, at)
+
+    def across(x):
+        if x is not None:
+            return spec((None, None, x, blocks.q), lambda b, h, i, j: (b, h, 0, i))
+
+    def down(n):
+        group = lambda b, m, i, j: (b, jax.lax.div(m, h // g), j, 0)  # noqa: E731
+        return spec((None, None, blocks.k, n), group)
+
+    n, v = x.q[0].shape[2], x.value.shape[3]
+    p = None if x.q[1] is None else x.q[1].shape[2]
+    rope = p and spec((None, blocks.k, p), lambda b, h, i, j: (b, j, 0))
+    of_inputs = Inputs(
+        (across(n), across(p)), spec((None, 3, blocks.q), lambda b, h, i, j: (b, 0, i)),
+        (down(n), rope), down(v), spec((None, 2, blocks.k), lambda b, h, i, j: (b, 0, j)),
+    )
+    return of_inputs, Partial(across(v), across(1), across(1))

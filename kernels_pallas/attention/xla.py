@@ -10,7 +10,6 @@ Heads stand before the sequence, those of one KV head folded into rows, so that 
 head is [rows*heads, n] x [n, keys] and nothing is transposed within the loops.
 """
 
-import functools
 from typing import NamedTuple
 
 import jax
@@ -45,11 +44,6 @@ def contract(eqn, a, b):
     """einsum with a float32 result; float32 inputs are multiplied in float32 on every device."""
     exact = jax.lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
     return jnp.einsum(eqn, a, b, precision=exact, preferred_element_type=jnp.float32)
-
-
-def attention(q, kv, *, scale: float) -> Partial:
-    """The op's xla form. See the package docstring for the contract."""
-    return Partial(*_attention(q, kv, scale))
 
 
 def _tile(x, size, axis, fill=0):
@@ -122,7 +116,8 @@ def _pair(rows, columns) -> Partial:
     return from_logits(*_logits(rows, columns), weigh)
 
 
-def _forward(q, kv, scale) -> Partial:
+def forward(q, kv, *, scale: float) -> Partial:
+    """The op's xla form. See the package docstring for the contract."""
     t, g = q.nope.shape[1], kv.key.shape[2]
     if t <= TILE_Q and kv.pos.shape[1] <= TILE_K:
         return Partial(*map(_unfold, _pair(_rows(q, g, scale), _columns(kv))))
@@ -142,18 +137,6 @@ def _forward(q, kv, scale) -> Partial:
     return Partial(*(_untile(x, t) for x in out))
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def _attention(q, kv, scale):
-    return _forward(q, kv, scale)
-
-
-def _fwd(q, kv, scale):
-    # Under a scan over layers, jax would compute what positions alone decide once for all of them:
-    # the masks of all tile pairs, kept in memory. The barrier ties them to the layer.
-    p = _forward(*jax.lax.optimization_barrier((q, kv)), scale)
-    return p, (q, kv, p.out, p.lse)
-
-
 def _pair_bwd(rows, columns, lse, d_out, delta):
     """Gradients of one tile pair: (d_query, d_key, d_value), in the shapes of Rows and Columns."""
     logits, seen = _logits(rows, columns)
@@ -167,26 +150,7 @@ def _pair_bwd(rows, columns, lse, d_out, delta):
     return d_query, d_key, d_value
 
 
-def _bwd(scale, residuals, cotangent):
-    q, kv, out, lse = residuals
-    d_out, d_lse, _ = cotangent
-    # An empty row's lse is -inf whatever the inputs: its cotangent must not come in as NaN or inf.
-    d_lse = jnp.where(jnp.isneginf(lse), 0.0, d_lse)
-    delta = jnp.sum(out * d_out, -1) - d_lse
-    grads = attention_grads(q, kv, lse, d_out, delta, scale=scale)
-    d_nope, d_rope, d_key, d_value, d_k_rope = grads
-    cast = lambda x, like: None if like is None else x.astype(like.dtype)  # noqa: E731
-    # None: positions and segments are integers, they have no gradient.
-    no_data = {"pos": None, "seg": None}
-    d_q = q._replace(nope=cast(d_nope, q.nope), rope=cast(d_rope, q.rope), since=None, **no_data)
-    d_kv = kv._replace(
-        key=cast(d_key, kv.key), value=cast(d_value, kv.value), rope=cast(d_k_rope, kv.rope),
-        **no_data,
-    )
-    return d_q, d_kv
-
-
-def attention_grads(q, kv, lse, d_out, delta, *, scale: float):
+def grads(q, kv, lse, d_out, delta, *, scale: float):
     """The op's xla form. See the package docstring for the contract."""
     t, s, n, g = q.pos.shape[1], kv.pos.shape[1], q.nope.shape[-1], kv.key.shape[2]
     if t <= TILE_Q and s <= TILE_K:
@@ -233,6 +197,3 @@ def _blockwise_bwd(q, kv, lse, d_out, delta, scale):
     d_query, d_kv = jax.lax.scan(per_key_tile, zeros(rows.query), _tiles(kv, TILE_K))
     back = lambda x: jnp.moveaxis(_untile(jnp.moveaxis(x, 3, 2), s), 2, 1)  # noqa: E731
     return _untile(jax.vmap(_unfold)(d_query), t), tuple(map(back, d_kv))
-
-
-_attention.defvjp(_fwd, _bwd)
