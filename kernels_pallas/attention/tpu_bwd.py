@@ -14,6 +14,7 @@ VMEM, bfloat16, 192/128, 512 queries x 1024 keys: dK and dV 1.5 MiB as sums and 
 3 x 0.4, queries and cotangents in both orders 2 x 0.9, keys and values 2 x 0.8: 9 MiB.
 """
 
+import functools
 from typing import NamedTuple
 
 import jax
@@ -21,14 +22,24 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from kernels_pallas.attention import tpu
-from kernels_pallas.attention.bounds import (
-    KeyBounds,
-    QueryBounds,
-    any_pair,
-    every_pair,
+from kernels_pallas.attention.tile import (
+    LOG2E,
+    SUB,
+    VMEM,
+    Blocks,
+    Scalars,
+    blocks_for,
+    by_pieces,
+    columns,
+    decide,
+    dot,
+    nth,
+    pad,
+    scalars,
+    scores,
+    visible,
 )
-from kernels_pallas.attention.tpu import LOG2E, SUB, Blocks, Scalars, dot, pad, read
+from kernels_pallas.attention.tpu import inputs
 from kernels_pallas.partial import MASKED
 
 BLOCK_Q, BLOCK_K = 512, 1024
@@ -65,35 +76,38 @@ class Key(NamedTuple):
     where: jax.Array  # 2 k
 
 
-def _pair(q: Query, k: Key, sums: Sums, d_query, blocks: Blocks, start, keys: int, masked: bool):
-    """Add what `keys` keys from `start` and a block of queries give to one another."""
-    groups = [pl.ds(c, blocks.lanes) for c in range(0, blocks.q, blocks.lanes)]
-    steps = [(start + i, c) for i in range(0, keys, SUB) for c in range(len(groups))]
+def add_pair(
+    q: Query, k: Key, sums: Sums, d_query, lanes: int, queries: tuple, keys: tuple, masked: bool
+) -> None:
+    """Add what queries and keys, (first, count) of each, give to one another; one schedule."""
+    groups = [pl.ds(queries[0] + c, lanes) for c in range(0, queries[1], lanes)]
+    steps = [(keys[0] + i, c) for i in range(0, keys[1], SUB) for c in range(len(groups))]
 
     def products(at, c):
-        lanes = groups[c]
-        d_p = dot(k.value[pl.ds(at, SUB)], q.d_across[:, lanes], (1, 0))
-        return tpu.scores(q.across, k.key, at, lanes), d_p
+        rows, at = pl.ds(at, SUB), groups[c]
+        rope = None if k.key[1] is None else k.key[1][rows]
+        d_p = dot(k.value[rows], q.d_across[:, at], (1, 0))
+        return scores(q.across, k.key[0][rows], rope, at), d_p
 
     def spend(at, c, p, d_s):
-        rows, lanes = pl.ds(at, SUB), groups[c]
-        sums.value[rows] += dot(p, q.d_down[lanes], (1, 0))
-        sums.key[rows] += dot(d_s, q.down[0][lanes], (1, 0))
+        rows, at = pl.ds(at, SUB), groups[c]
+        sums.value[rows] += dot(p, q.d_down[at], (1, 0))
+        sums.key[rows] += dot(d_s, q.down[0][at], (1, 0))
         n = k.key[0].shape[1]
-        d_query[:n, lanes] += dot(k.key[0][rows], d_s, (0, 0))
+        d_query[:n, at] += dot(k.key[0][rows], d_s, (0, 0))
         if sums.rope is not None:
-            sums.rope[rows] += dot(d_s, q.down[1][lanes], (1, 0))
-            d_query[n:, lanes] += dot(k.key[1][rows], d_s, (0, 0))
+            sums.rope[rows] += dot(d_s, q.down[1][at], (1, 0))
+            d_query[n:, at] += dot(k.key[1][rows], d_s, (0, 0))
 
     made, waiting, where = products(*steps[0]), None, None
     for n, (at, c) in enumerate(steps):
         following = products(*steps[n + 1]) if n + 1 < len(steps) else None
-        (s, d_p), lanes = made, groups[c]
-        p = jnp.exp2(s - q.lse[:, lanes])
+        (s, d_p), here = made, groups[c]
+        p = jnp.exp2(s - q.lse[:, here])
         if masked:
-            where = tpu.columns(k.where, at) if c == 0 else where
-            p = jnp.where(tpu.visible(q.where, *where, lanes), p, 0.0)
-        d_s = p * (d_p - q.delta[:, lanes])
+            where = columns(k.where, at) if c == 0 else where
+            p = jnp.where(visible(q.where, *where, here), p, 0.0)
+        d_s = p * (d_p - q.delta[:, here])
         if waiting is not None:
             spend(*waiting)
         cast = lambda x: x.astype(k.value.dtype)  # noqa: E731
@@ -153,27 +167,23 @@ def _kernel(known: Scalars, q: Query, k: Key, d_q, outs, scratch, *, blocks: Blo
 
     within = m < known.count[block_k]
     i = jnp.where(within, known.first[block_k] + m, 0)
-    of_q = read(QueryBounds, known.queries, row * queries + i)
-    of_k = read(KeyBounds, known.keys, block_k)
-    every = within & every_pair(of_q, of_k)
-    per = blocks.k // blocks.piece
+    decision = decide(known, row * queries + i, block_k, within)
 
-    @pl.when(within & any_pair(of_q, of_k))
+    @pl.when(decision.whole | decision.part)
     def _():
         mine = transfer.begin(i, sums)
+        add = functools.partial(add_pair, q, k, sums, mine, blocks.lanes)
 
-        @pl.when(every)
+        @pl.when(decision.whole)
         def _():
-            _pair(q, k, sums, mine, blocks, 0, blocks.k, masked=False)
+            add((0, blocks.q), (0, blocks.k), masked=False)
 
-        @pl.when(~every)
+        @pl.when(decision.part)
         def _():
-            @pl.loop(0, per)
-            def _(n):
-                @pl.when(any_pair(of_q, read(KeyBounds, known.pieces, block_k * per + n)))
-                def _():
-                    start = pl.multiple_of(n * blocks.piece, blocks.piece)
-                    _pair(q, k, sums, mine, blocks, start, blocks.piece, masked=True)
+            def use(query, key):
+                add((query, blocks.q_piece), (key, blocks.k_piece), masked=True)
+
+            by_pieces(known, row * queries + i, block_k, blocks, lambda key: None, use)
 
         transfer.end(i, mine, sums)
 
@@ -187,9 +197,9 @@ def _kernel(known: Scalars, q: Query, k: Key, d_q, outs, scratch, *, blocks: Blo
 def grads(q, kv, lse, d_out, delta, *, scale: float, interpret: bool = False):
     """`attention_grads` of the package as a TPU kernel. See there for the contract."""
     (b, t, h, n), (s, g) = q.nope.shape, kv.key.shape[1:3]
-    blocks = tpu.blocks_for(t, s, BLOCK_Q, BLOCK_K, kv.key.dtype)
-    x = tpu.inputs(q, kv, scale, blocks)
-    known = tpu.scalars(x, blocks, by_keys=True)
+    blocks = blocks_for(t, s, BLOCK_Q, BLOCK_K, kv.key.dtype)
+    x = inputs(q, kv, scale, blocks)
+    known = scalars(x.q_where, x.k_where, blocks, by_keys=True)
     row = lambda x: pad(jnp.moveaxis(x, 1, 2), blocks.q, 2)[:, :, None]  # noqa: E731
     d_across = pad(jnp.moveaxis(d_out.astype(kv.value.dtype), 1, 3), blocks.q, 3)
     turn = lambda x: x.swapaxes(2, 3)  # noqa: E731
@@ -214,14 +224,13 @@ def _call(q: Query, k: Key, known: Scalars, blocks: Blocks, interpret: bool):
     (b, h, n, t), (g, s) = q.across[0].shape, k.value.shape[1:3]
     p = 0 if q.across[1] is None else q.across[1].shape[2]
     v, queries, keys = k.value.shape[3], t // blocks.q, s // blocks.k
-
-    def queries_at(b, j, m, known):
-        block = b * keys + j
-        return known.first[block] + jnp.minimum(m, jnp.maximum(known.count[block] - 1, 0))
+    width = len(Scalars._fields)
 
     def spec(shape, index):
-        return pl.BlockSpec(shape, lambda b, h, j, m, *known: index(b, h, j, queries_at(
-            b, j, m, Scalars(*known))))
+        def at(b, h, j, m, *known):
+            return index(b, h, j, nth(Scalars(*known), b * keys + j, m))
+
+        return pl.BlockSpec(shape, at)
 
     across = lambda n: spec((None, None, n, blocks.q), lambda b, h, j, i: (b, h, 0, i))  # noqa: E731
     down = lambda n: spec((None, None, blocks.q, n), lambda b, h, j, i: (b, h, i, 0))  # noqa: E731
@@ -241,13 +250,14 @@ def _call(q: Query, k: Key, known: Scalars, blocks: Blocks, interpret: bool):
     anywhere = pl.BlockSpec(memory_space=pl.ANY)
 
     def kernel(*refs):
-        known, (of_q, of_k, _, d_q, *outs) = Scalars(*refs[:5]), refs[5:12]
-        _kernel(known, of_q, of_k, d_q, outs, refs[12:], blocks=blocks, queries=queries)
+        known, refs = Scalars(*refs[:width]), refs[width:]
+        (of_q, of_k, _, d_q, *outs), scratch = refs[:7], refs[7:]
+        _kernel(known, of_q, of_k, d_q, outs, scratch, blocks=blocks, queries=queries)
 
     call = pl.pallas_call(
         kernel,
         grid_spec=pltpu.PrefetchScalarGridSpec(
-            num_scalar_prefetch=5,
+            num_scalar_prefetch=width,
             grid=(b, h, keys, jnp.maximum(known.count.max(), 1)),
             in_specs=[of_q, of_k, anywhere],
             out_specs=[anywhere, grown(n), grown(p) if p else None, grown(v)],
@@ -260,10 +270,10 @@ def _call(q: Query, k: Key, known: Scalars, blocks: Blocks, interpret: bool):
         out_shape=[
             f32(b, h, n + p, t), f32(b, h, s, n), f32(b, h, s, p) if p else None, f32(b, h, s, v)
         ],
-        input_output_aliases={5 + len(jax.tree.leaves((q, k))): 0},
+        input_output_aliases={width + len(jax.tree.leaves((q, k))): 0},
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "parallel", "arbitrary", "arbitrary"),
-            vmem_limit_bytes=tpu.VMEM,
+            vmem_limit_bytes=VMEM,
         ),
         interpret=interpret,
         name="attention_grads",

@@ -1,4 +1,4 @@
-"""attention on a TPU, interpreted: = ref, forward and gradient, whatever is skipped or not masked."""
+"""attention on a TPU, interpreted: = ref, forward and gradient, whatever is not masked."""
 
 import functools
 
@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from jax.experimental.pallas import tpu as pltpu
 
-from kernels_pallas.attention import attention, bounds, ref, tpu, tpu_bwd
+from kernels_pallas.attention import attention, bounds, ref, tile, tpu, tpu_bwd
 from tests.conftest import assert_close
 from tests.kernels.test_attention import _floats, _inputs, _loss
 
@@ -27,7 +27,8 @@ CASES = {
 @pytest.fixture
 def small_blocks(monkeypatch):
     """Several blocks and pieces in 600 tokens, some in sight whole, some in part, some not."""
-    monkeypatch.setattr(tpu, "PIECE", 128)
+    monkeypatch.setattr(tile, "LANES", 128)
+    monkeypatch.setattr(tile, "PIECE", 128)
     for module in (tpu, tpu_bwd):
         monkeypatch.setattr(module, "BLOCK_Q", 256)
         monkeypatch.setattr(module, "BLOCK_K", 1024)  # of float32: 256
@@ -49,7 +50,9 @@ def test_kernels_equal_the_reference_forward_and_gradient(name, rng, small_block
 def test_bfloat16_is_near_the_float32_reference(rng, small_blocks):
     q, kv = _inputs(rng, t=600, s=600, dtype=jnp.bfloat16)
     wide = jax.tree.map(lambda x: x.astype(jnp.float32) if x.dtype == jnp.bfloat16 else x, (q, kv))
-    cotangents = [jnp.asarray(rng.normal(size=s), jnp.float32) for s in ((2, 600, 4, 5), (2, 600, 4))]
+    cotangents = [
+        jnp.asarray(rng.normal(size=s), jnp.float32) for s in ((2, 600, 4, 5), (2, 600, 4))
+    ]
     (_, got), d_got = jax.value_and_grad(_loss, has_aux=True)(
         _floats(q, kv), q, kv, "pallas_interpret", cotangents
     )
