@@ -81,15 +81,16 @@ def attention_grads(
     *,
     scale: float,
     impl: str,
-) -> tuple[jax.Array, jax.Array | None, jax.Array, jax.Array, jax.Array | None]:
-    """Gradients of one set of keys within attention over many: (nope, rope, key, value, k_rope).
+) -> tuple[tuple[jax.Array, jax.Array | None], Keys]:
+    """Gradients of one set of keys within attention over many: (of nope and rope), of the keys.
 
     lse    b t h     over all keys, of which `kv` are some
     d_out  b t h v   cotangent of the output over all keys
     delta  b t h     sum(out * d_out) - d_lse
 
     Summed over disjoint sets of keys they are the gradient of the whole: what a ring's backward
-    computes at each hop. float32, None without rotary part; ValueError for an unknown impl.
+    computes at each hop. float32, None for positions and where there is no rotary part; ValueError
+    for an unknown impl.
     """
     if impl not in GRADS:
         raise ValueError(f"attention_grads: unknown {impl=}, there are {sorted(GRADS)}")

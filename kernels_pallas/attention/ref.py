@@ -55,7 +55,8 @@ def attention_grads(q, kv, lse, d_out, delta, *, scale: float):
     d_nope = contract("btgis,bsgn->btgin", d_s, kv.key).reshape(b, t, h, n)
     d_key = contract("btgis,btgin->bsgn", d_s, fold(q.nope))
     d_value = contract("btgis,btgiv->bsgv", p, fold(d_out))
+    d_kv = kv._replace(key=d_key, value=d_value, rope=None, pos=None, seg=None)
     if q.rope is None:
-        return d_nope, None, d_key, d_value, None
+        return (d_nope, None), d_kv
     d_rope = contract("btgis,bsp->btgip", d_s, kv.rope).reshape(q.rope.shape)
-    return d_nope, d_rope, d_key, d_value, contract("btgis,btgip->bsp", d_s, fold(q.rope))
+    return (d_nope, d_rope), d_kv._replace(rope=contract("btgis,btgip->bsp", d_s, fold(q.rope)))

@@ -214,9 +214,11 @@ def grads(q, kv, lse, d_out, delta, *, scale: float, interpret: bool = False):
         x.reshape(b, g, h // g, *x.shape[2:]).sum(2), 1, 2
     )[:, :s]
     d_key, d_value = of_heads(d_key) / LOG2E, of_heads(d_value)
+    d_kv = kv._replace(key=d_key, value=d_value, rope=None, pos=None, seg=None)
     if q.rope is None:
-        return d_query, None, d_key, d_value, None
-    return d_query[..., :n], d_query[..., n:], d_key, d_value, d_rope.sum(1)[:, :s] / LOG2E
+        return (d_query, None), d_kv
+    d_rope = d_rope.sum(1)[:, :s] / LOG2E
+    return (d_query[..., :n], d_query[..., n:]), d_kv._replace(rope=d_rope)
 
 
 def _call(q: Query, k: Key, known: Scalars, blocks: Blocks, interpret: bool):

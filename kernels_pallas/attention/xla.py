@@ -161,10 +161,10 @@ def grads(q, kv, lse, d_out, delta, *, scale: float):
         d_query, d_kv = _blockwise_bwd(q, kv, lse, d_out, delta, scale)
     d_query = d_query * scale
     d_key, d_value = (jnp.moveaxis(x, 1, 2) for x in d_kv)
+    d_kv = kv._replace(key=d_key[..., :n], value=d_value, rope=None, pos=None, seg=None)
     if q.rope is None:
-        return d_query, None, d_key, d_value, None
-    d_k_rope = d_key[..., n:].sum(2)
-    return d_query[..., :n], d_query[..., n:], d_key[..., :n], d_value, d_k_rope
+        return (d_query, None), d_kv
+    return (d_query[..., :n], d_query[..., n:]), d_kv._replace(rope=d_key[..., n:].sum(2))
 
 
 def _blockwise_bwd(q, kv, lse, d_out, delta, scale):

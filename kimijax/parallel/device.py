@@ -43,17 +43,15 @@ class Local(NamedTuple):
         """(d_q nope and rope, d_kv floats, d_up), float32, of the keys that lie here."""
         wide = lambda x: x.astype(jnp.float32)  # noqa: E731
         keys = self.source.project(kv, up)
-        d_nope, d_rope, *d_keys = attention_grads(
+        d_q, d_keys = attention_grads(
             q, keys, lse, d_out, delta, scale=self.scale, impl=self.impl
         )
 
         def project(floats, up):
-            keys = self.source.project(join(kv, floats), up)
-            return keys.key, keys.value, keys.rope
+            return floats_of(self.source.project(join(kv, floats), up))
 
         _, pull = jax.vjp(project, *jax.tree.map(wide, (floats_of(kv), up)))
-        d_kv, d_up = pull(tuple(d_keys))
-        return (d_nope, d_rope), d_kv, d_up
+        return d_q, *pull(d_keys)
 
 
 def floats_of(kv):
