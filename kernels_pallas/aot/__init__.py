@@ -130,7 +130,10 @@ def compile_for(chip: str, f: Callable, *args) -> jax.stages.Compiled:
         raise CompileError(reason(str(error))) from error
 
 
-_SCOPED = re.compile(r"Scoped allocation with size (\S+) and limit (\S+) exceeded")
+_SCOPED = re.compile(
+    r"Scoped allocation with size (\S+) and limit (\S+) exceeded|"
+    r"Ran out of memory in memory space vmem\. Used (\S+) of (\S+) vmem"
+)
 _MEMORY = re.compile(r"Allocation \(size=(\d+)\) would exceed memory \(size=(\d+)\)(.*)", re.DOTALL)
 _WHERE = re.compile(r"shape = '(.*?)', space=(\w+).*?tag = '(.*?)'")
 
@@ -138,7 +141,8 @@ _WHERE = re.compile(r"shape = '(.*?)', space=(\w+).*?tag = '(.*?)'")
 def reason(text: str) -> str:
     """What the compiler says, in a line: of VMEM what is wanted and what there is."""
     if m := _SCOPED.search(text):
-        return f"VMEM overflow: the kernel wants {m[1]}, its limit is {m[2]}: smaller blocks"
+        wants, limit = filter(None, m.groups())
+        return f"VMEM overflow: the kernel wants {wants}, its limit is {limit}: smaller blocks"
     if m := _MEMORY.search(text):
         where = _WHERE.search(m[3])
         what = f"the {where[3]} {where[1]} in {where[2]}" if where else "an allocation"
@@ -161,9 +165,9 @@ def kernels(compiled: jax.stages.Compiled) -> dict[str, int]:
     """
     text = compiled.as_text()
     calls = list(_CALL.finditer(text))
-    ends = [c.start() for c in calls[1:]] + [len(text)]  # a call may take many lines
+    ends = [c.start() for c in calls] + [len(text)]  # a call may take many lines
     found = {}
-    for call, end in zip(calls, ends, strict=True):
+    for call, end in zip(calls, ends[1:], strict=True):
         size = _SCOPE.search(text, call.end(), end)
         found[call[1]] = int(size[1]) if size else 0
     return found

@@ -62,8 +62,7 @@ def run(jobs: Iterable[Job], schedules: bool = True) -> Iterator[Result]:
     with tempfile.TemporaryDirectory(prefix="kernels_aot_") as folder:
         try:
             for job in jobs:
-                if child is None or child.poll() is not None:
-                    child = _start(folder, schedules)
+                child = child or _start(folder, schedules)
                 began = time.perf_counter()
                 line = _ask(child, job)
                 seconds = time.perf_counter() - began
@@ -71,7 +70,9 @@ def run(jobs: Iterable[Job], schedules: bool = True) -> Iterator[Result]:
                     answer = json.loads(line)
                     yield Result(job, answer["error"], seconds, answer["figures"])
                 else:
-                    why = f"the compiler died ({child.wait()}): {_last_words(folder)}"
+                    child.communicate()
+                    why = f"the compiler died ({child.returncode}): {_last_words(folder)}"
+                    child = None
                     yield Result(job, why, seconds, {})
         finally:
             if child is not None:

@@ -95,7 +95,7 @@ def kernel(name: str, listing: str, utilization: str) -> Kernel:
     for at, target in branches:
         back = target <= at
         spans.add(("loop", target, at + DELAY) if back else ("branch", at + DELAY, target))
-    spans = sorted(s for s in spans if s[1] < s[2] <= count)
+    spans = sorted((s for s in spans if s[1] < s[2] <= count), key=lambda s: (s[1], -s[2], s[0]))
     regions = tuple(_region(span, spans, rows, list(units)) for span in spans)
     return Kernel(name, count, units, regions)
 
