@@ -58,8 +58,8 @@ $(PARITY_STAMP): $(STAMP)
 # environment of its own because jax, where it finds libtpu, looks for a TPU and says what it misses.
 aot: $(AOT_STAMP)
 	@if [ -s $(AOT_STAMP) ]; then cat $(AOT_STAMP); else \
-	  $(if $(SAMPLE),.venv-aot/bin/python -m pytest -q tests/kernels/test_aot.py, \
-	  .venv-aot/bin/python -m kernels_pallas.aot_check) $(ARGS); fi
+	  JAX_PLATFORMS=cpu .venv-aot/bin/python -m \
+	  $(if $(SAMPLE),pytest -q tests/kernels/test_aot.py,kernels_pallas.aot) $(ARGS); fi
 
 $(AOT_STAMP): $(STAMP)
 	$(call beside,.venv-aot)

@@ -82,18 +82,16 @@ def available() -> str | None:
     return None
 
 
-def environment(dumps: str | None = None) -> dict[str, str]:
-    """Variables that must be set before jax and libtpu are loaded; `dumps` receives schedules.
+# libtpu would ask a metadata server what machine this is, and let no second process load it.
+ALONE = {"TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
 
-    Without them libtpu asks a metadata server what machine this is, and lets no second one run.
+
+def environment(dumps: str | None = None) -> dict[str, str]:
+    """Variables of a process that only compiles, to be set before it loads jax.
+
+    dumps  a folder that libtpu fills with the schedules of what it compiles
     """
-    settings = {
-        "JAX_PLATFORMS": "cpu",
-        "TPU_SKIP_MDS_QUERY": "1",
-        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
-        "TPU_STDERR_LOG_LEVEL": "3",
-        "TF_CPP_MIN_LOG_LEVEL": "3",
-    }
+    settings = ALONE | {"JAX_PLATFORMS": "cpu"}
     if dumps:
         flags = f"--xla_jf_dump_to={dumps} --xla_jf_dump_llo_text=true"
         settings["LIBTPU_INIT_ARGS"] = f"{os.environ.get('LIBTPU_INIT_ARGS', '')} {flags}".strip()
@@ -109,7 +107,7 @@ def _placement(chip: str) -> jax.sharding.Sharding:
         raise ValueError(f"unknown {chip=}, there are {sorted(CHIPS)}")
     if why := available():
         raise CompileError(why)
-    for name, value in environment().items():
+    for name, value in ALONE.items():
         os.environ.setdefault(name, value)
     known = topologies.get_topology_desc(platform="tpu", topology_name=CHIPS[chip].topology)
     mesh = jax.sharding.Mesh(np.array(known.devices)[:1], ("chip",))
