@@ -24,9 +24,10 @@ import numpy as np
 class Chip(NamedTuple):
     """A chip as jax names it, and its figures; those of one TensorCore say so.
 
-    Sources: peak, bandwidth and cores from Google's pages of each chip (cloud.google.com/tpu/docs);
-    MXUs from the capacities that the compiler prints; MACs measured: a product of 512^3 in bfloat16
-    is scheduled as 512^3 / macs busy MXU cycles. The clock is then peak / (2 macs mxus cores).
+    Sources: peak, bandwidth and cores from Google's page of each chip (cloud.google.com/tpu/docs);
+    MXUs from the capacities that the compiler prints; MACs measured: it counts a product of 512^3
+    in bfloat16 as 512^3 / macs busy MXU cycles. From v6e on that is twice 256 x 256, which is what
+    the peak asks for as well. The clock is peak / (2 macs mxus cores).
     """
 
     topology: str  # the smallest that the compiler knows; one chip of it is used
@@ -50,7 +51,7 @@ class Chip(NamedTuple):
 CHIPS = {
     "v5e": Chip("v5e:2x2", 1, 4, 2**14, 197e12, 819e9),
     "v5p": Chip("v5p:2x2x1", 2, 4, 2**14, 459e12, 2765e9),
-    "v6e": Chip("v6e:2x2", 1, 2, 2**17, 918e12, 1640e9),
+    "v6e": Chip("v6e:2x2", 1, 2, 2**17, 918e12, 1638e9),
     "tpu7x": Chip("tpu7x:2x2x1", 2, 2, 2**17, 2307e12, 7380e9),
 }
 
@@ -60,7 +61,14 @@ class Case(NamedTuple):
 
     The inner block is the branch or loop body that does the matrix products of one grid step (see
     `schedule.Kernel.blocks`). Where a kernel has several, as one with and one without a mask,
-    `block` picks by their vector work: 0 the least, -1 the most; a case is about one.
+    `block` picks by their vector work: 0 the least, -1 the most; a case is about one. Of a loop
+    within a grid step one turn is the block, as the schedule shows it: macs are those of the turn.
+
+        def _make():
+            q, kv = ...  # ShapeDtypeStructs
+            return functools.partial(attention, scale=1.0, impl="pallas"), (q, kv)
+
+        AOT = {("192/128", "pallas"): Case(_make, frozenset({"ci", "bench"}), "192/128", macs)}
     """
 
     make: Callable[[], tuple[Callable, tuple]]  # () -> (f, args): trees of ShapeDtypeStruct

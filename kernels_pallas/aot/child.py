@@ -11,6 +11,7 @@ import os
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -18,6 +19,8 @@ from typing import NamedTuple
 
 from kernels_pallas import aot
 from kernels_pallas.aot import schedule
+
+LIMIT = 600  # seconds for a job; a compiler that takes longer is ended
 
 
 class Job(NamedTuple):
@@ -72,6 +75,8 @@ def run(jobs: Iterable[Job], schedules: bool = True) -> Iterator[Result]:
                 else:
                     child.communicate()
                     why = f"the compiler died ({child.returncode}): {_last_words(folder)}"
+                    if seconds >= LIMIT:
+                        why = f"not compiled after {LIMIT} s"
                     child = None
                     yield Result(job, why, seconds, {})
         finally:
@@ -95,12 +100,16 @@ def _start(folder: str, schedules: bool) -> subprocess.Popen:
 
 def _ask(child: subprocess.Popen, job: Job) -> str:
     """A line of JSON, or nothing from a child that died."""
+    end = threading.Timer(LIMIT, child.kill)
+    end.start()
     try:
         child.stdin.write(json.dumps(job) + "\n")
         child.stdin.flush()
+        return child.stdout.readline()
     except BrokenPipeError:
         return ""
-    return child.stdout.readline()
+    finally:
+        end.cancel()
 
 
 def _last_words(folder: str) -> str:

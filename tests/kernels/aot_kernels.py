@@ -2,6 +2,7 @@
 
 import functools
 import os
+import time
 
 import jax
 import jax.numpy as jnp
@@ -67,6 +68,10 @@ def _dies():
     os._exit(7)
 
 
+def _hangs():
+    time.sleep(600)
+
+
 def _plain():
     return jnp.dot, (_square(), _square())
 
@@ -78,6 +83,7 @@ AOT = {
     ("blocks", "pallas"): Case(functools.partial(_copies, 2**14, False)),
     ("refused", "pallas"): Case(_refuses),
     ("death", "pallas"): Case(_dies),
+    ("hang", "pallas"): Case(_hangs),
     ("no kernel", "xla"): Case(_plain),
     ("wrong macs", "pallas"): PRODUCT._replace(macs=4 * SIZE**3, tags=frozenset()),
 }
