@@ -1,4 +1,4 @@
-# make env | test | run | lint | parity | matrix | ring | clean.
+# make env | test | run | lint | parity | matrix | ring | aot | bench | clean.
 # Extra arguments: make run ARGS="--context 65536"
 
 PYTHON ?= python3
@@ -7,10 +7,20 @@ PY := .venv/bin/python
 STAMP := .venv/.installed
 PARITY_STAMP := .venv-parity/.installed
 BENCH_STAMP := .venv-bench/.installed
+AOT_STAMP := .venv-aot/.installed
+PIP := -m pip install -q --disable-pip-version-check -c constraints.txt
 NEW_ENOUGH := -c 'import sys; sys.exit(sys.version_info < (3, 11))'
 HAS_PIP := -c 'import importlib.metadata; importlib.metadata.version("pip")'
 
-.PHONY: env venv test run lint parity matrix ring clean
+.PHONY: env venv test run lint parity matrix ring aot bench clean
+
+# An environment of its own that sees the packages of `env`: $(call beside,FOLDER).
+define beside
+rm -rf $(1)
+$(PY) -m venv $(1)
+$(PY) -c 'import sysconfig; print(sysconfig.get_path("purelib"))' \
+  > $$($(1)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/env.pth
+endef
 
 env: $(STAMP)
 
@@ -38,31 +48,42 @@ parity: $(PARITY_STAMP)
 	  .venv-parity/bin/python -m pytest -q -n 0 --override-ini filterwarnings= tests/parity $(ARGS); fi
 
 $(PARITY_STAMP): $(STAMP)
-	rm -rf .venv-parity
-	$(PY) -m venv .venv-parity
-	$(PY) -c 'import sysconfig; print(sysconfig.get_path("purelib"))' \
-	  > $$(.venv-parity/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/env.pth
+	$(call beside,.venv-parity)
 	@if .venv-parity/bin/python -m pip install -q --disable-pip-version-check \
 	  "$(TORCH)" "transformers==5.23.0"; then : > $@; \
 	else echo "parity: skipped, $(TORCH) is not on offer here; name another with TORCH=" | tee $@; fi
 
-# Our ring beside that of a package, which comes from the extra [bench] into an environment of its
-# own: without its dependencies, which are those of `env`.
+# Our kernels compiled for TPUs that are not there: every case, for every chip; SAMPLE=1: the tests,
+# some cases for one chip. The compiler is the package libtpu, from the extra [aot]. It has an
+# environment of its own because jax, where it finds libtpu, looks for a TPU and says what it misses.
+aot: $(AOT_STAMP)
+	@if [ -s $(AOT_STAMP) ]; then cat $(AOT_STAMP); else \
+	  JAX_PLATFORMS=cpu .venv-aot/bin/python -m \
+	  $(if $(SAMPLE),pytest -q tests/kernels/test_aot.py,kernels_pallas.aot) $(ARGS); fi
+
+$(AOT_STAMP): $(STAMP)
+	$(call beside,.venv-aot)
+	@if .venv-aot/bin/python $(PIP) libtpu; then : > $@; \
+	else echo "aot: skipped, libtpu is not on offer here" | tee $@; fi
+
+# Our ring, and our kernels, beside those of other packages, which come from the extra [bench] into
+# an environment of their own. make bench ARGS="--aot v5p": cycles by the compiler.
 ring: $(BENCH_STAMP)
 	.venv-bench/bin/python -m experiments.ring_speed $(ARGS)
 
+bench: $(BENCH_STAMP)
+	JAX_PLATFORMS=cpu .venv-bench/bin/python -m kernels_pallas.bench $(ARGS)
+
+# ringattention without its dependencies, which are those of `env`.
 $(BENCH_STAMP): $(STAMP)
-	rm -rf .venv-bench
-	$(PY) -m venv .venv-bench
-	$(PY) -c 'import sysconfig; print(sysconfig.get_path("purelib"))' \
-	  > $$(.venv-bench/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/env.pth
-	.venv-bench/bin/python -m pip install -q --disable-pip-version-check --no-deps \
-	  ringattention==0.1.2
+	$(call beside,.venv-bench)
+	.venv-bench/bin/python $(PIP) libtpu tokamax
+	.venv-bench/bin/python $(PIP) --no-deps ringattention
 	: > $@
 
 # Undoes `env` and removes caches; the results under runs/ stay.
 clean:
-	rm -rf .venv .venv-parity .venv-bench build *.egg-info .pytest_cache .ruff_cache
+	rm -rf .venv .venv-parity .venv-bench .venv-aot build *.egg-info .pytest_cache .ruff_cache
 	find . -name __pycache__ -prune -exec rm -rf {} +
 
 # The stamp is written last, so an install that failed or was interrupted is done again. A .venv

@@ -2,7 +2,7 @@
 
 Ask     Bytes per chip of forward and backward, all 61 layers, one row of 2,097,152 tokens.
 Run     python -m experiments.k2_proof [--tokens 2097152]
-Cost    about two minutes on 2 cores; needs libtpu (the extra [tpu]) and no TPU.
+Cost    about two minutes on 2 cores; needs libtpu (the extra [aot]) and no TPU.
 Answer  v5p:8x8x8: 6.9 GiB of arguments and 26.5 GiB of temporaries of 95.7 GB. Without computing
         layers a second time 543 GB of temporaries: it does not fit.
 

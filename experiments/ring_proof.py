@@ -7,7 +7,7 @@ Cost    about three minutes on 2 cores; bytes alone, which need no libtpu, ten s
 Answer  printed, a line per figure; the exit code is 1 if one misses its bound.
 
 Programs are compiled at the heads of Kimi K2 and read, not run: bytes for 8 virtual CPU devices,
-the rest for TPU v5p by libtpu (the extra [tpu]), which needs no TPU. No time is measured.
+the rest for TPU v5p by libtpu (the extra [aot]), which needs no TPU. No time is measured.
 
 Most of what memory grows by are 16 MiB: the few hops of four chips are unrolled, the loop of 64
 keeps both projections in a second layout. Beside a share of 2048 tokens it is 3%, above the bound.

@@ -1,19 +1,29 @@
-"""Time the implementations of every op on this machine.
+"""What the implementations of every op cost: time on this machine, or cycles by the TPU's compiler.
 
     python -m kernels_pallas.bench [OP ...]
+    python -m kernels_pallas.bench --aot v5p [OP ...] [--json FILE]
 
-One row per op, case and impl: milliseconds (best of several), needed GFLOP/s, and the fraction of
-the matmul rate of the same process. Ratios within a run carry over; milliseconds do not.
+One row per op, case and impl. Timed: milliseconds (best of several), needed GFLOP/s, and the
+fraction of the matmul rate of the same process. Ratios within a run carry over; milliseconds do
+not. Compiled (needs libtpu and no TPU, see `aot`): cycles of the inner block, beside the kernels
+of other packages at the same shape. They belong to one version of libtpu, and are no time: nothing
+waits for memory in them.
 """
 
+import argparse
+import functools
+import importlib
+import json
 import sys
 import time
+from collections.abc import Iterable, Iterator
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kernels_pallas import attention, indexer, kda, select
+from kernels_pallas import aot, attention, indexer, kda, select
+from kernels_pallas.aot import child
 from kernels_pallas.attention import cases as attention_cases
 from kernels_pallas.indexer import cases as indexer_cases
 from kernels_pallas.kda import cases as kda_cases
@@ -25,6 +35,7 @@ OPS = {
     "indexer": indexer_cases,
     "kda": kda_cases,
 }
+PEERS = {"attention": ["kernels_pallas.attention.peers"]}  # other packages' kernels, see there
 LARGEST_REF = 2**28  # logits; the dense reference of a larger case is not run
 
 
@@ -39,8 +50,8 @@ def best_seconds(f, args, repeats: int = 8) -> float:
     return best
 
 
-def rows(names: list[str]):
-    """(op, case, impl, milliseconds, GFLOP/s, fraction of the matmul rate)."""
+def timed(names: list[str]) -> Iterator[dict]:
+    """Rows of times: op, case, impl, ms, gflops, of_peak (of the matmul rate)."""
     a = jnp.ones((2048, 2048), jnp.float32)
     peak = 2 * 2048**3 / best_seconds(jax.jit(jnp.matmul), (a, a))
     impls = {
@@ -53,22 +64,85 @@ def rows(names: list[str]):
         for case, made in OPS[name].CASES.items():
             call, args, flops, logits = made(np.random.default_rng(0))
             for impl in impls[name]:
+                if impl == "pallas" and jax.default_backend() != "tpu":
+                    continue  # interpreted, its time would say nothing
                 if impl == "ref" and logits > LARGEST_REF:
                     continue
-                seconds = best_seconds(jax.jit(lambda *x, c=call, i=impl: c(*x, impl=i)), args)
+                seconds = best_seconds(jax.jit(functools.partial(call, impl=impl)), args)
                 rate = flops / seconds
-                yield name, case, impl, seconds * 1e3, rate / 1e9, rate / peak
+                yield {"op": name, "case": case, "impl": impl, "ms": seconds * 1e3,
+                       "gflops": rate / 1e9, "of_peak": rate / peak}
 
 
-def main(names: list[str]) -> int:
-    """Print the table; unknown names are an error."""
-    if unknown := set(names) - set(OPS):
-        print(f"error: no op {sorted(unknown)}, there are {sorted(OPS)}", file=sys.stderr)
+def compiled(names: list[str], chip: str) -> Iterator[dict]:
+    """Rows of compiled cases tagged bench: op, case, impl, dims, chip, and `child.measure`'s.
+
+    A case that does not compile has `error` instead. Sorted by what a block computes, so that
+    those that compare stand together.
+    """
+    modules = {op: [OPS[op].__name__, *PEERS.get(op, [])] for op in names}
+    jobs = child.jobs(modules, [chip], "bench")
+    for job, error, _, figures in child.run(sorted(jobs, key=lambda j: (j.op, j.case))):
+        dims = importlib.import_module(job.module).AOT[job.case, job.impl].dims
+        row = {"op": job.op, "case": job.case, "impl": job.impl, "dims": dims, "chip": chip}
+        yield row | (figures if error is None else {"error": error})
+
+
+def choose(names: list[str], known: Iterable[str], what: str) -> list[str]:
+    """The names, or all that are known if there are none. ValueError: one is not."""
+    if unknown := set(names) - set(known):
+        raise ValueError(f"no {what} {sorted(unknown)}, there are {sorted(known)}")
+    return names or list(known)
+
+
+def time_line(row: dict) -> str:
+    """A row of `timed`."""
+    return "{op:10} {case:28} {impl:5} {ms:9.3f} {gflops:9.1f} {of_peak:8.2f}".format(**row)
+
+
+def cycle_line(row: dict) -> str:
+    """A row of `compiled`."""
+    name = "{op:10} {case:28} {impl:14} {dims:8}".format(**row)
+    if "error" in row:
+        return f"{name} FAILED {row['error']}"
+    useful = "" if row["useful_mxu"] is None else f"{row['useful_mxu']:.3f}"
+    spills = "/".join(map(str, row["spills"]))
+    vmem, rest = row["vmem_bytes"] / 2**20, "{cycles:7} {mxu_occupancy:5.2f}".format(**row)
+    return f"{name} {rest} {useful:>6} {spills:>11} {vmem:8.1f} {row['bundles']:8}"
+
+
+HEADS = {
+    time_line: f"{'op':10} {'case':28} {'impl':5} {'ms':>9} {'GFLOP/s':>9} {'of peak':>8}",
+    cycle_line: f"{'op':10} {'case':28} {'impl':14} {'dims':8} {'cycles':>7} {'MXU':>5} "
+                f"{'useful':>6} {'spill/fill':>11} {'VMEM MiB':>8} {'bundles':>8}",
+}
+
+
+def main(argv: list[str]) -> int:
+    """Print the table, write the file. 1: a case did not compile; 2: wrong names, no libtpu."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("ops", nargs="*", metavar="OP", help=f"of {', '.join(OPS)}; all of them")
+    parser.add_argument("--aot", metavar="CHIP", help=f"compile for one of {', '.join(aot.CHIPS)}")
+    parser.add_argument("--json", metavar="FILE", help="write the rows, a list of objects")
+    args = parser.parse_args(argv)
+    found = []
+    try:
+        names = choose(args.ops, OPS, "op")
+        if args.aot:
+            choose([args.aot], aot.CHIPS, "chip")
+        rows, line = (compiled(names, args.aot), cycle_line) if args.aot else (
+            timed(names), time_line)
+        print(HEADS[line])
+        for row in rows:
+            found.append(row)
+            print(line(row), flush=True)
+    except (ValueError, aot.CompileError) as error:
+        print(f"error: {error}", file=sys.stderr)
         return 2
-    print(f"{'op':10} {'case':28} {'impl':5} {'ms':>9} {'GFLOP/s':>9} {'of peak':>8}")
-    for op, case, impl, ms, rate, fraction in rows(names or list(OPS)):
-        print(f"{op:10} {case:28} {impl:5} {ms:9.3f} {rate:9.1f} {fraction:8.2f}", flush=True)
-    return 0
+    if args.json:
+        with open(args.json, "w") as file:
+            json.dump(found, file, indent=1)
+    return 1 if any("error" in row for row in found) else 0
 
 
 if __name__ == "__main__":

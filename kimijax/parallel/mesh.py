@@ -58,7 +58,7 @@ def make_mesh(sizes: dict[str, int], devices: list | None = None) -> Mesh:
 def topology_mesh(topology: str, sizes: dict[str, int]) -> Mesh:
     """A mesh of TPU chips that need not be there, such as "v5p:4x4x4", to compile for.
 
-    Needs libtpu (the extra [tpu]); UserError: it is missing, or knows no such topology.
+    Needs libtpu (the extra [aot]); UserError: it is missing, or knows no such topology.
     """
     from jax.experimental import topologies
 
