@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 
 def differentiable(forward: Callable, grads: Callable) -> Callable:
-    """(q, *keys, scale=) -> Partial from two functions; keys are any trees, the first has positions.
+    """(q, *keys, scale=) -> Partial from two functions; keys are any trees.
 
     forward  (q, *keys, scale=) -> Partial
     grads    (q, *keys, lse, d_out, delta, scale=) -> (d_nope, d_rope), *d_keys, float32, positions
