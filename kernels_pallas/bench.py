@@ -17,20 +17,23 @@ import json
 import sys
 import time
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kernels_pallas import aot, attention, indexer, kda, select
+from kernels_pallas import aot, attention, indexer, kda, latent, select
 from kernels_pallas.aot import child
 from kernels_pallas.attention import cases as attention_cases
 from kernels_pallas.indexer import cases as indexer_cases
 from kernels_pallas.kda import cases as kda_cases
+from kernels_pallas.latent import cases as latent_cases
 from kernels_pallas.select import cases as select_cases
 
 OPS = {
     "attention": attention_cases,
+    "latent": latent_cases,
     "select": select_cases,
     "indexer": indexer_cases,
     "kda": kda_cases,
@@ -56,15 +59,17 @@ def timed(names: list[str]) -> Iterator[dict]:
     peak = 2 * 2048**3 / best_seconds(jax.jit(jnp.matmul), (a, a))
     impls = {
         "attention": attention.IMPLS,
+        "latent": latent.IMPLS,
         "select": select.IMPLS,
         "indexer": indexer.IMPLS,
         "kda": kda.IMPLS,
     }
+    on_tpu = jax.default_backend() == "tpu"
     for name in names:
         for case, made in OPS[name].CASES.items():
             call, args, flops, logits = made(np.random.default_rng(0))
             for impl in impls[name]:
-                if impl == "pallas" and jax.default_backend() != "tpu":
+                if impl == "pallas_interpret" or (impl == "pallas" and not on_tpu):
                     continue  # interpreted, its time would say nothing
                 if impl == "ref" and logits > LARGEST_REF:
                     continue
@@ -107,13 +112,14 @@ def cycle_line(row: dict) -> str:
         return f"{name} FAILED {row['error']}"
     useful = "" if row["useful_mxu"] is None else f"{row['useful_mxu']:.3f}"
     spills = "/".join(map(str, row["spills"]))
-    vmem, rest = row["vmem_bytes"] / 2**20, "{cycles:7} {mxu_occupancy:5.2f}".format(**row)
+    vmem = row["vmem_bytes"] / 2**20
+    rest = "{cycles:7} {cycles_per_512:7.0f} {mxu_occupancy:5.2f}".format(**row)
     return f"{name} {rest} {useful:>6} {spills:>11} {vmem:8.1f} {row['bundles']:8}"
 
 
 HEADS = {
     time_line: f"{'op':10} {'case':28} {'impl':5} {'ms':>9} {'GFLOP/s':>9} {'of peak':>8}",
-    cycle_line: f"{'op':10} {'case':28} {'impl':14} {'dims':8} {'cycles':>7} {'MXU':>5} "
+    cycle_line: f"{'op':10} {'case':28} {'impl':14} {'dims':8} {'cycles':>7} {'of 512':>7} {'MXU':>5} "
                 f"{'useful':>6} {'spill/fill':>11} {'VMEM MiB':>8} {'bundles':>8}",
 }
 
@@ -123,7 +129,7 @@ def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("ops", nargs="*", metavar="OP", help=f"of {', '.join(OPS)}; all of them")
     parser.add_argument("--aot", metavar="CHIP", help=f"compile for one of {', '.join(aot.CHIPS)}")
-    parser.add_argument("--json", metavar="FILE", help="write the rows, a list of objects")
+    parser.add_argument("--json", metavar="FILE", help='write {"rows": [...]}')
     args = parser.parse_args(argv)
     found = []
     try:
@@ -140,8 +146,9 @@ def main(argv: list[str]) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     if args.json:
-        with open(args.json, "w") as file:
-            json.dump(found, file, indent=1)
+        part = Path(f"{args.json}.part")
+        part.write_text(json.dumps({"rows": found}, indent=1))
+        part.replace(args.json)
     return 1 if any("error" in row for row in found) else 0
 
 

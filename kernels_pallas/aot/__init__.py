@@ -56,6 +56,9 @@ CHIPS = {
 }
 
 
+BLOCK_PAIRS = 512 * 512  # cycles are also given per so many pairs of a query and a key
+
+
 class Case(NamedTuple):
     """A function to compile, and what one inner block of its kernel has to compute.
 
@@ -75,6 +78,7 @@ class Case(NamedTuple):
     tags: frozenset[str] = frozenset()  # of "ci", "bench", "k2"
     dims: str = ""  # as "192/128": of queries and keys / of values
     macs: int | None = None  # needed by a block: no padding, nothing twice
+    pairs: int = BLOCK_PAIRS  # of queries and keys in a block, to compare blocks of other sizes
     kernel: str = ""  # part of its name; "" is the kernel with the most work for the MXU
     block: int = 0
 

@@ -121,10 +121,10 @@ def _last_words(folder: str) -> str:
 def measure(case: aot.Case, chip: str, dumps: str | None) -> dict:
     """Compile a case; the figures of its kernel, those of the schedule if there are dumps.
 
-    vmem_bytes; bundles of the kernel; of its inner block cycles, mxu_occupancy, valu_occupancy,
-    eup_occupancy, spills [stores, loads] and useful_mxu, which is needed MACs / (MACs a cycle x
-    cycles); block_cycles of all the blocks there are. CompileError: it does not compile, or has no
-    such kernel.
+    vmem_bytes; bundles of the kernel; of its inner block cycles, cycles_per_512 (of 512 x 512 pairs
+    of a query and a key), mxu_occupancy, valu_occupancy, eup_occupancy, spills [stores, loads] and
+    useful_mxu, which is needed MACs / (MACs a cycle x cycles); block_cycles of all the blocks there
+    are. CompileError: it does not compile, or has no such kernel.
     """
     f, args = case.make()
     vmem = {k: v for k, v in aot.kernels(aot.compile_for(chip, f, *args)).items()
@@ -146,6 +146,7 @@ def measure(case: aot.Case, chip: str, dumps: str | None) -> dict:
     return {
         "kernel": kernel.name,
         "cycles": block.cycles,
+        "cycles_per_512": block.cycles * aot.BLOCK_PAIRS / case.pairs,
         "block_cycles": [b.cycles for b in blocks],
         "mxu_occupancy": kernel.occupancy(block),
         "useful_mxu": ideal and ideal / block.cycles,

@@ -1,11 +1,16 @@
-"""Named shapes of attention: (call, arguments, needed FLOPs, logits of the dense reference)."""
+"""Named shapes of attention, to time and to compile.
+
+CASES: (call, arguments, needed FLOPs, logits of the dense reference); AOT: see kernels_pallas.aot.
+"""
 
 import functools
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kernels_pallas.attention import Keys, Queries, attention
+from kernels_pallas.aot import Case
+from kernels_pallas.attention import Keys, Queries, attention, attention_grads, tile, tpu, tpu_bwd
 
 
 def _case(rng, *, b, t, s, h, g, n, v, reach):
@@ -37,4 +42,60 @@ CASES = {
     "latents, chunk at 32K": functools.partial(
         _case, b=1, t=4096, s=32768, h=2, g=1, n=64, v=64, reach=None
     ),
+}
+
+
+def _abstract(*, t, s, h, g, n, p, v, dtype=jnp.bfloat16):
+    """A row of t queries and s keys, shapes only."""
+    array = lambda *shape: jax.ShapeDtypeStruct((1, *shape), dtype)  # noqa: E731
+    where = lambda length: jax.ShapeDtypeStruct((1, length), jnp.int32)  # noqa: E731
+    q = Queries(array(t, h, n), array(t, h, p) if p else None, where(t), where(t), where(t))
+    return q, Keys(array(s, g, n), array(s, g, v), array(s, p) if p else None, where(s), where(s))
+
+
+def _forward(**shape):
+    return functools.partial(attention, scale=0.1, impl="pallas"), _abstract(**shape)
+
+
+def _gradients(**shape):
+    """Of one set of keys, as a ring's hop asks for them."""
+    q, kv = _abstract(**shape)
+    b, t, h, _ = q.nope.shape
+    row = jax.ShapeDtypeStruct((b, t, h), jnp.float32)
+    d_out = jax.ShapeDtypeStruct((b, t, h, kv.value.shape[-1]), jnp.float32)
+    call = functools.partial(attention_grads, scale=0.1, impl="pallas")
+    return call, (q, kv, row, d_out, row)
+
+
+def _aot(n, p, v) -> dict:
+    """Forward and gradients of two heads at 4096 tokens, of blocks seen whole and in part."""
+    shape = {"t": 4096, "s": 4096, "h": 2, "g": 2, "n": n, "p": p, "v": v}
+    dims, piece, tags = f"{n + p}/{v}", tile.PIECE**2, frozenset({"bench"})
+    found = {}
+    for what, make, whole, products in (
+        ("", _forward, tpu.BLOCK_Q * tpu.BLOCK_K, n + p + v),
+        (" gradients", _gradients, tpu_bwd.BLOCK_Q * tpu_bwd.BLOCK_K, 3 * (n + p) + 2 * v),
+    ):
+        for part, pairs, block in (("", whole, 0), (" masked", piece, -1)):
+            found[f"{dims}{what}{part}", "pallas"] = Case(
+                functools.partial(make, **shape), tags, dims, pairs * products, pairs=pairs,
+                block=block,
+            )
+    return found
+
+
+SMALL = {"t": 300, "s": 700, "h": 4, "g": 2, "n": 128, "p": 64, "v": 128}
+LONG = {"t": 2**21, "s": 2**21, "h": 1, "g": 1, "n": 128, "p": 64, "v": 128}
+ABSORBED = {"t": 2048, "s": 8192, "h": 16, "g": 1, "n": 512, "p": 64, "v": 512}
+CI, K2 = frozenset({"ci"}), frozenset({"k2"})
+AOT = {
+    **_aot(128, 0, 128), **_aot(128, 64, 128),
+    ("grouped, ragged", "pallas"): Case(functools.partial(_forward, **SMALL), CI),
+    ("grouped, ragged, gradients", "pallas"): Case(functools.partial(_gradients, **SMALL), CI),
+    ("float32, ragged", "pallas"): Case(
+        functools.partial(_forward, **SMALL | {"dtype": jnp.float32}), CI
+    ),
+    ("2M tokens", "pallas"): Case(functools.partial(_forward, **LONG), K2),
+    ("2M tokens, gradients", "pallas"): Case(functools.partial(_gradients, **LONG), K2),
+    ("absorbed", "pallas"): Case(functools.partial(_forward, **ABSORBED), K2),
 }

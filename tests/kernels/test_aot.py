@@ -96,7 +96,7 @@ def test_schedules_of_known_kernels(impl, cycles):
 def test_the_bench_writes_rows(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(bench, "OPS", {"test": aot_kernels})
     assert bench.main(["--aot", CHIP, "test", "--json", str(tmp_path / "rows")]) == 0
-    (row,) = json.loads((tmp_path / "rows").read_text())
+    (row,) = json.loads((tmp_path / "rows").read_text())["rows"]
     want = {"op": "test", "case": "product", "impl": "pallas", "dims": "512", "chip": CHIP}
     assert row | want == row
     assert {"cycles", "mxu_occupancy", "useful_mxu", "spills", "vmem_bytes", "bundles"} < set(row)
