@@ -32,6 +32,7 @@ from kimijax.parallel import blocks, experts, rules
 from kimijax.parallel.attend import STRATEGIES, check, known, sharded
 from kimijax.parallel.axes import Axes
 from kimijax.parallel.cost import Work, choose, explain, rates_of
+from kimijax.parallel.exchange import EXCHANGES
 from kimijax.parallel.order import ORDERS, Order, make_order
 from kimijax.parallel.sources import HEADS, LATENTS
 from kimijax.parallel.store import dealt_rows, recall
@@ -48,6 +49,7 @@ class Plan:
     train: bool = False  # weights are dealt over data and seq as well
     impl: str = "xla"
     experts: str | None = None  # tiled or ragged; None: what is fast on the mesh's devices
+    exchange: str | None = None  # of tokens for experts, gather or ragged; None: the cheaper
     exact: bool = False
     remat: bool = False  # gradients compute layers a second time, and keep their inputs alone
 
@@ -55,7 +57,8 @@ class Plan:
         for what, names, good in (
             ("order", ORDERS, self.order in ORDERS),
             ("strategy", (*STRATEGIES, "auto"), self.strategy == "auto" or known(self.strategy)),
-            ("experts", EXPERTS, self.experts is None or self.experts in EXPERTS),
+            ("experts", EXPERTS, self.experts in (None, *EXPERTS)),
+            ("exchange", EXCHANGES, self.exchange in (None, *EXCHANGES)),
         ):
             if not good:
                 value = getattr(self, what)
@@ -163,7 +166,7 @@ def _ops(plan: Plan) -> Ops:
         top_blocks=partial(blocks.top_blocks, axes, impl),
         delta=_apart(axes, partial(delta_runs, impl=impl)),
         kda=_apart(axes, partial(kda, impl=impl), dealt=False),
-        experts=partial(experts.experts, axes, compute),
+        experts=partial(experts.experts, axes, compute, plan.exchange),
         rows=dealt_rows(axes),
         exact=plan.exact,
         remat=plan.remat,
