@@ -10,11 +10,11 @@ E devices hold n tokens each, every token has k choices, e experts lie on a devi
 `cheaper` takes ragged where E > k: at E = k it sends 0.63 of gather's copies, at E = 8k 0.12.
 
 Memory: up to E n tokens may ask for one device. gather holds that many. ragged goes in r = E / k
-rounds of m = n / r tokens a device: n k rows packed over all rounds, E m = n k arriving at most, in
-the products E m min(k, e) at most. Gradients compute a round a second time where there are several.
-Where rows arrive is fixed: m from each device, in its order, so the way back is the mirror of the way
-there and the gradient of each is the other. XLA has no ragged all-to-all on CPU: there the same rows
-travel in an all-to-all of E m.
+rounds of m = n / r tokens a device: n k rows packed over all rounds, at most E m = n k arriving and
+E m min(k, e) in the products. Gradients compute a round a second time where there are several.
+Where rows arrive is fixed: m from each device, in its order. So the way back is the mirror of the
+way there, and the gradient of each is the other. XLA has no ragged all-to-all on CPU: there the
+same rows travel in an all-to-all of E m.
 """
 
 import functools

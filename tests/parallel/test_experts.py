@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from kimijax.errors import UserError
-from kimijax.ops.moe import tiled_experts
+from kimijax.ops.moe import Int4, tiled_experts
 from kimijax.parallel.exchange import cheaper
 from kimijax.parallel.mesh import make_mesh
 from kimijax.parallel.plan import Plan
@@ -66,6 +66,24 @@ def test_rounds_need_not_divide_the_tokens():
         (EXPERTS, FFN, WIDTH),
     ))
     compute = Plan(make_mesh({"expert": 8}), exchange="ragged").ops().experts
+    got = jax.jit(compute)(x, ids, weight, *matrices)
+    assert_close(got, tiled_experts(x, ids, weight, *matrices))
+
+
+@pytest.mark.parametrize("tokens", [TOKENS, 1], ids=["a row", "a token that every device has"])
+def test_experts_kept_in_four_bits(tokens):
+    rng = np.random.default_rng(0)
+
+    def draw(outputs, inputs):
+        codes = rng.integers(-(2**31), 2**31, (EXPERTS, outputs, inputs // 8)).astype(np.int32)
+        scale = rng.uniform(0.1, 0.2, (EXPERTS, outputs, 1)).astype(np.float32)
+        return Int4(jnp.asarray(codes), jnp.asarray(scale))
+
+    matrices = draw(FFN, WIDTH), draw(FFN, WIDTH), draw(WIDTH, FFN)
+    ids = choices("even", 2)[:, :tokens]
+    x, weight = (jnp.asarray(rng.normal(size=s), jnp.float32)
+                 for s in ((ROWS, tokens, WIDTH), ids.shape))
+    compute = Plan(make_mesh({"seq": 2, "expert": 4})).ops().experts
     got = jax.jit(compute)(x, ids, weight, *matrices)
     assert_close(got, tiled_experts(x, ids, weight, *matrices))
 
