@@ -106,16 +106,18 @@ def test_a_device_that_is_not_in_the_table_is_named():
         rates_of("NVIDIA H100")
 
 
-def test_a_plan_chooses_and_says_so_once(caplog, rng):
+@pytest.mark.parametrize("ways, chosen", [(1, "ring"), (8, "hybrid:2")])
+def test_a_plan_chooses_and_says_so_once(ways, chosen, caplog, rng):
+    """Two heads, eight devices: pairs share them."""
     shape = lambda *s: jnp.asarray(rng.normal(size=s), jnp.float32)  # noqa: E731
     pos = jnp.arange(16, dtype=jnp.int32)[None]
     same = jnp.zeros_like(pos)
-    q = Queries(shape(1, 16, 2, 8), shape(1, 16, 2, 4), pos, same, same)
-    kv = Latents(shape(1, 16, 8), shape(1, 16, 4), pos, same)
-    up = shape(8, 2, 8), shape(8, 2, 8)
-    mesh = make_mesh({"seq": 1}, jax.devices()[:1])
-    got = Plan(mesh, strategy="auto").ops().attend
+    q = Queries(shape(1, 16, 2, 64), shape(1, 16, 2, 4), pos, same, same)
+    kv = Latents(shape(1, 16, 512), shape(1, 16, 4), pos, same)
+    up = shape(512, 2, 64), shape(512, 2, 64)
+    got = Plan(make_mesh({"seq": ways}), strategy="auto").ops().attend
     with caplog.at_level(logging.INFO):
         for _ in range(2):
             jax.eval_shape(lambda *args: got(*args, scale=1.0), q, kv, up)
-    assert sum("16 tokens, 1 ways: ring" in r.getMessage() for r in caplog.records) == 1
+    said = [r.getMessage() for r in caplog.records]
+    assert sum(f"16 tokens, {ways} ways: {chosen} " in line for line in said) == 1
