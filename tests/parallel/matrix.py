@@ -64,16 +64,20 @@ def cell(layer: str, way: str, packed: bool, mode: str) -> float:
 
 
 def cells(sample: bool) -> list[tuple[str, str, bool, str]]:
-    """All cells, or a few in which every two values of different columns meet."""
+    """All cells, or a few in which every two values of different columns meet.
+
+    Of cells with as many new pairs, one whose answer of one device is known is taken.
+    """
     every = list(itertools.product(LAYERS, WAYS, (False, True), RUN))
     meant = [x for x in every if without_meaning(x[0], x[1], x[3]) is None]
     if not sample:
         return every
     pairs = {p for x in meant for p in _pairs(x)}
-    chosen = []
+    chosen, known = [], set()
     while pairs:
-        best = max(meant, key=lambda x: len(pairs & set(_pairs(x))))
+        best = max(meant, key=lambda x: (len(pairs & set(_pairs(x))), (x[0], *x[2:]) in known))
         pairs -= set(_pairs(best))
+        known.add((best[0], *best[2:]))
         chosen.append(best)
     return chosen
 
