@@ -52,7 +52,6 @@ def sharded(axes: Axes, strategy: str, source: Source, impl: str, scale: float) 
     at = Local(axes, source, scale, impl)
     rows, heads = axes.rows, axes.heads
     out_spec, row_spec = axes.queries(), axes.queries()
-
     specs = functools.partial(_specs, axes, source)
 
     def wrap(f, in_specs, out_specs):
@@ -61,9 +60,9 @@ def sharded(axes: Axes, strategy: str, source: Source, impl: str, scale: float) 
         )
 
     def forward(q, kv, up):
-        f = functools.partial(FORWARD[strategy], at)
         out = Partial(out_spec, row_spec, row_spec)
-        return wrap(lambda *args: Partial(*f(*args)), specs(q, kv, up), out)(q, kv, up)
+        f = lambda *args: Partial(*FORWARD[strategy](at, *args))  # noqa: E731
+        return wrap(f, specs(q, kv, up), out)(q, kv, up)
 
     @jax.custom_vjp
     def attend(q, kv, up):
