@@ -38,7 +38,8 @@ lint: env
 # the tests are: what compiles is run once.
 matrix: env
 	NPROC=16 JAX_PLATFORMS=cpu XLA_FLAGS="--xla_backend_optimization_level=0 \
-	  --xla_llvm_disable_expensive_passes=true --xla_cpu_use_fusion_emitters=false" \
+	  --xla_llvm_disable_expensive_passes=true --xla_cpu_use_fusion_emitters=false \
+	  --xla_cpu_parallel_codegen_split_count=1" \
 	  $(PY) -m tests.parallel.matrix $(if $(SAMPLE),--sample) $(ARGS)
 
 # What transformers makes of our exports. torch and transformers come from the extra [parity] into an

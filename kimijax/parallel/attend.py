@@ -1,4 +1,4 @@
-"""Attention of a sharded sequence: one wrapper, three ways to bring keys and queries together.
+"""Attention of a sharded sequence: one wrapper, four ways to bring keys and queries together.
 
 `attend` has the signature of the local one. Its custom_vjp stands outside: forward and backward are
 each a shard_map of their own, residuals are the inputs and (out, lse), and the gradients of the
@@ -7,11 +7,15 @@ shard_map with check_vma=False they came out too large in silence.)
 
     ring     keys travel as latents, each hop projects the visitor's and merges a Partial (ring.py)
     gather   all latents come to every device (gather.py)
-    ulysses  queries of a few heads come together, all latents come to every device (gather.py)
+    ulysses  queries of a few heads come together, all latents come to every device (ulysses.py)
+    hybrid   ulysses within groups of neighbours, and a ring of the groups (ulysses.py)
+
+Groups lie along the last token axis; "hybrid:4" names another size, whatever the axes are.
 """
 
 import functools
 import math
+import re
 from collections.abc import Callable
 
 import jax
@@ -21,26 +25,33 @@ from kernels_pallas.partial import Partial
 from kimijax.errors import UserError
 from kimijax.parallel.axes import Axes
 from kimijax.parallel.device import Local, Source, floats_of
-from kimijax.parallel.gather import (
-    gather_backward,
-    gather_forward,
+from kimijax.parallel.gather import gather_backward, gather_forward
+from kimijax.parallel.ring import ring_backward, ring_forward
+from kimijax.parallel.ulysses import (
+    hybrid_backward,
+    hybrid_forward,
     ulysses_backward,
     ulysses_forward,
 )
-from kimijax.parallel.ring import ring_backward, ring_forward
 
-STRATEGIES = ("ring", "gather", "ulysses")
-FORWARD = {"ring": ring_forward, "gather": gather_forward, "ulysses": ulysses_forward}
-BACKWARD = {"ring": ring_backward, "gather": gather_backward, "ulysses": ulysses_backward}
+FORWARD = {
+    "ring": ring_forward, "gather": gather_forward, "ulysses": ulysses_forward,
+    "hybrid": hybrid_forward,
+}
+BACKWARD = {
+    "ring": ring_backward, "gather": gather_backward, "ulysses": ulysses_backward,
+    "hybrid": hybrid_backward,
+}
+STRATEGIES = (*FORWARD, "hybrid:N")
 
 
 @functools.lru_cache(maxsize=64)
 def sharded(axes: Axes, strategy: str, source: Source, impl: str, scale: float) -> Callable:
     """(q, kv, up) -> Partial over a sequence that lies on `axes.tokens`, differentiable."""
+    axes, strategy = meeting(axes, strategy)
     at = Local(axes, source, scale, impl)
     rows, heads = axes.rows, axes.heads
     out_spec, row_spec = axes.queries(), axes.queries()
-
     specs = functools.partial(_specs, axes, source)
 
     def wrap(f, in_specs, out_specs):
@@ -49,9 +60,9 @@ def sharded(axes: Axes, strategy: str, source: Source, impl: str, scale: float) 
         )
 
     def forward(q, kv, up):
-        f = functools.partial(FORWARD[strategy], at)
         out = Partial(out_spec, row_spec, row_spec)
-        return wrap(lambda *args: Partial(*f(*args)), specs(q, kv, up), out)(q, kv, up)
+        f = lambda *args: Partial(*FORWARD[strategy](at, *args))  # noqa: E731
+        return wrap(f, specs(q, kv, up), out)(q, kv, up)
 
     @jax.custom_vjp
     def attend(q, kv, up):
@@ -106,16 +117,39 @@ def _specs(axes: Axes, source: Source, q, kv, up):
     return of_q, *source.specs(axes, kv, up)
 
 
+def known(strategy: str) -> bool:
+    """Whether it is one of STRATEGIES, with a number for N."""
+    return strategy in FORWARD or bool(re.fullmatch(r"hybrid:[1-9][0-9]{0,5}", strategy))
+
+
+def meeting(axes: Axes, strategy: str) -> tuple[Axes, str]:
+    """Axes on which the strategy works, and its name without a number.
+
+    UserError: there is no such strategy, or there are no such groups.
+    """
+    if not known(strategy):
+        raise UserError(f"strategy {strategy!r:.40}: there are {', '.join(STRATEGIES)}")
+    name, _, size = strategy.partition(":")
+    if size:
+        return axes.grouped(int(size)), name
+    if name == "hybrid" and axes.over(axes.tokens[-1:]).ways == 1:
+        raise UserError(
+            f"hybrid groups devices along the mesh axis {axes.tokens[-1]}, which has one; name the "
+            "size of a group, as hybrid:4, or another strategy"
+        )
+    return axes, name
+
+
 def check(axes: Axes, strategy: str, heads: int, tokens: int) -> None:
     """UserError: the sequence or the heads cannot be dealt out so."""
-    if strategy not in STRATEGIES:
-        raise UserError(f"strategy {strategy!r:.40}: there are {', '.join(STRATEGIES)}")
     names, ways = " x ".join(axes.tokens), axes.ways
+    axes, kind = meeting(axes, strategy)
     if tokens % ways:
         raise UserError(
             f"{tokens} tokens are no multiple of {names} = {ways}; pad the row (Plan.arrange does)"
         )
-    per = ways if strategy == "ulysses" else 1
+    sharing = {"ulysses": axes, "hybrid": axes.over(axes.tokens[-1:])}  # the heads, among them
+    per = sharing[kind].ways if kind in sharing else 1
     parts = per * math.prod(axes.mesh.shape[a] for a in axes.heads)
     if heads % parts:
         raise UserError(

@@ -1,9 +1,11 @@
 """What lies on which mesh axes."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from jax.sharding import Mesh, PartitionSpec
+
+from kimijax.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -19,6 +21,29 @@ class Axes:
     def ways(self) -> int:
         """Devices over which the tokens of a row lie."""
         return math.prod(self.mesh.shape[a] for a in self.tokens)
+
+    def over(self, tokens: tuple[str, ...]) -> "Axes":
+        """Of the devices that differ in some of the token axes alone."""
+        return replace(self, tokens=tokens)
+
+    def grouped(self, size: int) -> "Axes":
+        """The same devices in the same order; tokens lie on rings of groups of `size` neighbours.
+
+        UserError: the devices are not so many whole groups.
+        """
+        if self.ways % size:
+            raise UserError(
+                f"{' x '.join(self.tokens)} = {self.ways} devices are no groups of {size}; choose "
+                "a divisor"
+            )
+        names, held = self.mesh.axis_names, self.mesh.devices.shape
+        first = names.index(self.tokens[0])
+        last = first + len(self.tokens)
+        devices = self.mesh.devices.reshape(
+            *held[:first], self.ways // size, size, *held[last:]
+        )
+        mesh = Mesh(devices, (*names[:first], "ring", "group", *names[last:]))
+        return replace(self, mesh=mesh, tokens=("ring", "group"))
 
     def place(self, shape: tuple[int, int]) -> tuple[tuple[str, ...] | None, ...]:
         """Axes of rows and of tokens b t: None where they cannot be dealt out, as one token."""

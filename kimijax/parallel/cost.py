@@ -5,13 +5,17 @@ H heads, w bytes a number; n, p, v, r numbers of a key, its rotary part, a value
 of a device, L bytes/s of the link that it sends over; u the work of the busiest over the mean.
 
     latents   c = S/N (w (r + p) + 8) bytes                of a device, with position and segment
-    attend    a = u S^2/N H (n + p + v) / F                half of all pairs see each other
+    attend    a = S^2/N H (n + p + v) / F                  half of all pairs see each other
     project   m = 2 S H r (n + v) / F                      every latent, to every head
-    ring      (N-1) max(h, c/L) + h,   h = (a + m) / N     each send behind the work on a visitor
-    gather    (N-1) c/L + a + m                            all sends, then all the work
-    ulysses   (N-1) (c + x + y)/L + a/u + m/N              only where N divides H
+    gather    (N-1) c/L + u a + m                          all sends, then all the work
+    hybrid    (G-1) (c + x + y)/L                          groups of G share heads: G divides N, H
+                + (R-1) max(h, G c/L) + h                  R = N/G groups; latents of a group travel
+              h = (e a + m/G) / R                          the work on a visitor hides a send
               x = 12 S/N                                   where the queries lie: three int32
-              y = S/N H/N (w (n + p) + 4 (v + 2))          queries there, float32 Partials back
+              y = S/N H/G (w (n + p) + 4 (v + 2))          queries there, float32 Partials back
+              e = 1 + (u - 1) (N - G)/(N - 1)              groups are more even than devices
+    ring      hybrid with G = 1                            any heads
+    ulysses   hybrid with G = N                            only where N divides H
 
 A backward has the same terms with larger factors. Ring never loses to gather in this count, which
 knows neither latencies nor the work of merging; gather is there to be chosen by name.
@@ -66,16 +70,30 @@ def rates_of(kind: str) -> Rates:
     return DEVICES[KINDS[kind]]
 
 
+def groups(work: Work) -> dict[str, int]:
+    """Devices that share heads among them, of every strategy in which latents travel."""
+    ways = work.ways
+    sizes = [g for g in range(2, ways) if ways % g == 0 and work.heads % g == 0]
+    found = {"ring": 1} | {f"hybrid:{g}": g for g in sizes}
+    return found | ({"ulysses": ways} if work.heads % ways == 0 else {})
+
+
+def _sends(work: Work, group: int) -> tuple[float, float]:
+    """Bytes that a device sends within its group, and in one hop of the ring of groups."""
+    own = work.tokens / work.ways
+    latents = own * (work.bytes * (work.latent + work.rope) + 8)
+    a_head = work.bytes * (work.key + work.rope) + 4 * (work.value + 2)
+    moved = own * (12 + work.heads / group * a_head)
+    return (group - 1) * (latents + moved), group * latents
+
+
 def sent(work: Work) -> dict[str, float]:
-    """Bytes that a device sends by strategy; ulysses only where its heads can be dealt out."""
-    ways, own = work.ways, work.tokens / work.ways
-    latents = (ways - 1) * own * (work.bytes * (work.latent + work.rope) + 8)
-    total = {"ring": latents, "gather": latents}
-    if work.heads % ways == 0:
-        a_head = work.bytes * (work.key + work.rope) + 4 * (work.value + 2)
-        moved = own * (12 + work.heads / ways * a_head)
-        total["ulysses"] = latents + (ways - 1) * moved
-    return total
+    """Bytes that a device sends by strategy; those that share heads only where they divide."""
+    total = {}
+    for name, group in groups(work).items():
+        within, hop = _sends(work, group)
+        total[name] = within + (work.ways // group - 1) * hop
+    return total | {"gather": total["ring"]}
 
 
 def seconds(work: Work, rates: Rates) -> dict[str, float]:
@@ -83,13 +101,14 @@ def seconds(work: Work, rates: Rates) -> dict[str, float]:
     s, ways, heads = work.tokens, work.ways, work.heads
     attend = s * s / ways * heads * (work.key + work.rope + work.value) / rates.flops
     project = 2 * s * heads * work.latent * (work.key + work.value) / rates.flops
-    sends = {name: total / rates.link for name, total in sent(work).items()}
-    total = work.balance * attend + project
-    hop = total / ways
-    send = sends["ring"] / max(ways - 1, 1)
-    cost = {"ring": (ways - 1) * max(hop, send) + hop, "gather": sends["gather"] + total}
-    if "ulysses" in sends:
-        cost["ulysses"] = sends["ulysses"] + attend + project / ways
+    cost = {}
+    for name, group in groups(work).items():
+        within, hop = (x / rates.link for x in _sends(work, group))
+        rings = ways // group
+        uneven = 1 + (work.balance - 1) * (ways - group) / max(ways - 1, 1)
+        work_here = (uneven * attend + project / group) / rings
+        cost[name] = within + (rings - 1) * max(work_here, hop) + work_here
+    cost["gather"] = sent(work)["gather"] / rates.link + work.balance * attend + project
     return cost
 
 

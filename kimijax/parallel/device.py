@@ -36,6 +36,10 @@ class Local(NamedTuple):
     def names(self) -> tuple[str, ...]:
         return self.axes.tokens
 
+    def over(self, names: tuple[str, ...]) -> "Local":
+        """What meets on some of the token axes alone."""
+        return self._replace(axes=self.axes.over(names))
+
     def keys_of(self, kv, up, q: Queries) -> Partial:
         return attention(q, self.source.project(kv, up), scale=self.scale, impl=self.impl)
 

@@ -1,10 +1,4 @@
-"""Tokens to experts over the expert axis, none dropped.
-
-Outside of experts the axis holds tokens. Here the tokens of its devices come together, each device
-computes what its own experts add, and a reduction brings every token its sum. That moves E - 1
-copies of a token where an all-to-all moves one per chosen expert elsewhere: the better trade while
-the axis is not longer than the choices of a token.
-"""
+"""Experts dealt over the expert axis, which holds tokens outside of them (exchange.py)."""
 
 import functools
 from collections.abc import Callable
@@ -14,12 +8,18 @@ from jax.sharding import PartitionSpec as P
 
 from kimijax.errors import UserError
 from kimijax.parallel.axes import Axes
+from kimijax.parallel.exchange import EXCHANGES, Link, cheaper
 
 AXIS = "expert"
 
 
-def experts(axes: Axes, compute: Callable, x, ids, weight, gate, up, down):
-    """The contract of kimijax.ops.moe.tiled_experts, which `compute` has too."""
+def experts(
+    axes: Axes, compute: Callable, exchange: str | None, x, ids, weight, gate, up, down
+):
+    """The contract of kimijax.ops.moe.tiled_experts, which `compute` has too.
+
+    exchange  one of EXCHANGES; None: the cheaper
+    """
     rows, dealt = axes.place(x.shape[:2])
     ways, count = axes.mesh.shape[AXIS], jax.tree.leaves(gate)[0].shape[0]
     if count % ways:
@@ -28,7 +28,9 @@ def experts(axes: Axes, compute: Callable, x, ids, weight, gate, up, down):
         )
     # Packed matrices have scales per block of channels: they are not cut along them.
     cut = axes.heads if isinstance(gate, jax.Array) else None
-    token = P(rows, dealt)
+    token, own = P(rows, dealt), count // ways
+    link = Link(AXIS, ways, own, axes.mesh.devices.flat[0].platform != "cpu")
+    swap = EXCHANGES[exchange or cheaper(ways, ids.shape[-1])]
     whole = lambda w: jax.tree.map(lambda _: P(AXIS), w)  # noqa: E731
     of_weights = tuple(
         whole(w) if cut is None else spec
@@ -43,16 +45,13 @@ def experts(axes: Axes, compute: Callable, x, ids, weight, gate, up, down):
         in_specs=(token, token, token, *of_weights),
     )
     def local(x, ids, weight, gate, up, down):
-        if dealt and ways > 1:
-            x, ids, weight = (
-                jax.lax.all_gather(a, AXIS, axis=1, tiled=True) for a in (x, ids, weight)
-            )
-        ids = ids - jax.lax.axis_index(AXIS) * (count // ways)
-        y = compute(x, ids, weight, gate, up, down)
-        if cut is not None:
-            y = jax.lax.psum(y, axes.heads)
-        if not dealt:
-            return jax.lax.psum(y, AXIS)
-        return jax.lax.psum_scatter(y, AXIS, scatter_dimension=1, tiled=True) if ways > 1 else y
+        def said(x, ids, weight):
+            ids = ids - jax.lax.axis_index(AXIS) * own
+            y = compute(x, ids, weight, gate, up, down)
+            return y if cut is None else jax.lax.psum(y, axes.heads)
+
+        if not dealt:  # every device has the tokens
+            return jax.lax.psum(said(x, ids, weight), AXIS)
+        return swap(link, said, x, ids, weight) if ways > 1 else said(x, ids, weight)
 
     return local(x, ids, weight, gate, up, down)

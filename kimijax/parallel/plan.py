@@ -29,9 +29,10 @@ from kimijax.model import Model, abstract_params
 from kimijax.ops.attend import EXPERTS, Ops, local, tiled
 from kimijax.ops.delta import delta_runs
 from kimijax.parallel import blocks, experts, rules
-from kimijax.parallel.attend import STRATEGIES, check, sharded
+from kimijax.parallel.attend import STRATEGIES, check, known, sharded
 from kimijax.parallel.axes import Axes
 from kimijax.parallel.cost import Work, choose, explain, rates_of
+from kimijax.parallel.exchange import EXCHANGES
 from kimijax.parallel.order import ORDERS, Order, make_order
 from kimijax.parallel.sources import HEADS, LATENTS
 from kimijax.parallel.store import dealt_rows, recall
@@ -43,20 +44,25 @@ class Plan:
 
     mesh: Mesh
     order: str = "contiguous"  # of the tokens of a row: or zigzag, striped
-    strategy: str = "ring"  # of attention without a cache: or gather, ulysses, auto (cost.py)
+    strategy: str = "ring"  # of attention without a cache: or gather, ulysses, hybrid, hybrid:N
+    # (attend.py), auto (cost.py)
     train: bool = False  # weights are dealt over data and seq as well
     impl: str = "xla"
     experts: str | None = None  # tiled or ragged; None: what is fast on the mesh's devices
+    exchange: str | None = None  # of tokens for experts, gather or ragged; None: the cheaper
     exact: bool = False
     remat: bool = False  # gradients compute layers a second time, and keep their inputs alone
 
     def __post_init__(self):
-        for what, value, known in (
-            ("order", self.order, ORDERS), ("strategy", self.strategy, (*STRATEGIES, "auto")),
-            ("experts", self.experts, (None, *EXPERTS)),
+        for what, names, good in (
+            ("order", ORDERS, self.order in ORDERS),
+            ("strategy", (*STRATEGIES, "auto"), self.strategy == "auto" or known(self.strategy)),
+            ("experts", EXPERTS, self.experts in (None, *EXPERTS)),
+            ("exchange", EXCHANGES, self.exchange in (None, *EXCHANGES)),
         ):
-            if value not in known:
-                raise UserError(f"{what} {value!r:.40}: there are {', '.join(filter(None, known))}")
+            if not good:
+                value = getattr(self, what)
+                raise UserError(f"{what} {value!r:.40}: there are {', '.join(names)}")
 
     @property
     def axes(self) -> Axes:
@@ -160,7 +166,7 @@ def _ops(plan: Plan) -> Ops:
         top_blocks=partial(blocks.top_blocks, axes, impl),
         delta=_apart(axes, partial(delta_runs, impl=impl)),
         kda=_apart(axes, partial(kda, impl=impl), dealt=False),
-        experts=partial(experts.experts, axes, compute),
+        experts=partial(experts.experts, axes, compute, plan.exchange),
         rows=dealt_rows(axes),
         exact=plan.exact,
         remat=plan.remat,

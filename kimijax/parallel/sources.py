@@ -24,11 +24,11 @@ def _latent_specs(axes: Axes, kv: Latents, up):
 def _heads_of(kv: Keys, up, first, count: int, heads: int):
     """The key and value heads that some query heads read."""
     groups = kv.key.shape[2]
-    share = max(1, count * groups // heads)
-    if count % share or (count < heads // groups and heads // groups % count):
+    readers = heads // groups  # of one key head
+    if count % readers and readers % count:
         raise UserError(f"{groups} key heads cannot be dealt out with {count} of {heads} heads")
-    at = first * groups // heads
-    cut = lambda x: jax.lax.dynamic_slice_in_dim(x, at, share, 2)  # noqa: E731
+    share = max(1, count // readers)
+    cut = lambda x: jax.lax.dynamic_slice_in_dim(x, first // readers, share, 2)  # noqa: E731
     return kv._replace(key=cut(kv.key), value=cut(kv.value)), up
 
 

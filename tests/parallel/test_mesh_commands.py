@@ -14,6 +14,7 @@ from kimijax import cli
 from kimijax.errors import UserError
 from kimijax.parallel.mesh import make_mesh
 from tests.conftest import assert_close
+from tests.test_convert import quantised
 
 GOLDENS = Path(__file__).parents[1] / "goldens"
 K2, LINEAR = "k2_tiny", "kimi_linear_tiny"
@@ -65,6 +66,32 @@ def test_greedy_tokens_are_those_of_one_device(name, rows, mesh, kimijax, tmp_pa
     assert code == 0, errors
     got = np.load(tmp_path / "out.npy")[:, -16:]
     np.testing.assert_array_equal(got, known["gen_tokens"][:rows])
+
+
+@pytest.mark.parametrize("form, mesh", [
+    ("int4", "data=2,seq=2,expert=2"),
+    ("fp8", "expert=6"),  # more than the 4 choices of a token: a ragged exchange
+])
+def test_weights_kept_quantised_are_dealt_out(form, mesh, kimijax, tmp_path):
+    source, ids = quantised(tmp_path / "hub", form), answers(K2)["input_ids"][:1, :48]
+    np.save(tmp_path / "in.npy", ids)
+    reading = ("--checkpoint", source, "--tokens", tmp_path / "in.npy", "--weights", "keep")
+    for name, more in (("one.npy", ()), ("many.npy", ("--mesh", mesh))):
+        code, errors = kimijax("logits", *reading, "--out", tmp_path / name, *more)
+        assert code == 0, errors
+    assert_close(np.load(tmp_path / "many.npy"), np.load(tmp_path / "one.npy"))
+
+
+@pytest.mark.parametrize("form", ["int4", "fp8"])
+def test_scales_that_cannot_be_dealt_out_are_one_line(form, kimijax, tmp_path):
+    """The 32 inputs of an expert's last matrix have one scale, whatever the form."""
+    np.save(tmp_path / "in.npy", np.zeros((1, 4), np.int32))
+    code, errors = kimijax("logits", "--checkpoint", quantised(tmp_path / "hub", form), "--tokens",
+                           tmp_path / "in.npy", "--out", tmp_path / "out.npy", "--weights", "keep",
+                           "--mesh", "tensor=2")
+    assert code == 2 and "Traceback" not in errors and not (tmp_path / "out.npy").exists()
+    (line,) = [line for line in errors.splitlines() if "error:" in line]
+    assert "ffn.down_scale: its dim 'ffn' of 1 is no multiple of tensor = 2; choose a" in line
 
 
 def test_a_cpu_host_stands_in_for_the_devices_of_a_mesh(tmp_path):

@@ -1,0 +1,94 @@
+"""Experts over devices say what they say on one, whatever the routing, forward and gradient."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from kimijax.errors import UserError
+from kimijax.ops.moe import Int4, tiled_experts
+from kimijax.parallel.exchange import cheaper
+from kimijax.parallel.mesh import make_mesh
+from kimijax.parallel.plan import Plan
+from tests.conftest import assert_close
+
+ROWS, TOKENS, WIDTH, FFN, EXPERTS = 2, 32, 8, 16, 16
+
+
+def choices(routing: str, k: int) -> jax.Array:
+    """Different experts b t k of each token."""
+    rng = np.random.default_rng(1)
+    among = {"even": EXPERTS, "all to one device": EXPERTS // 8}[routing]
+    ids = np.stack([rng.permutation(among)[:k] for _ in range(ROWS * TOKENS)])
+    return jnp.asarray(ids, jnp.int32).reshape(ROWS, TOKENS, k)
+
+
+def value_and_grads(compute, ids):
+    """The output, and the gradient of tokens, weights of choices and experts."""
+    rng = np.random.default_rng(0)
+    draw = lambda *s: jnp.asarray(rng.normal(size=s), jnp.float32)  # noqa: E731
+    matrices = draw(EXPERTS, WIDTH, FFN), draw(EXPERTS, WIDTH, FFN), draw(EXPERTS, FFN, WIDTH)
+    x, weight, cotangent = draw(ROWS, TOKENS, WIDTH), draw(*ids.shape), draw(ROWS, TOKENS, WIDTH)
+
+    def loss(x, weight, matrices):
+        y = compute(x, ids, weight, *matrices)
+        return jnp.sum(y * cotangent), y
+
+    grads = jax.value_and_grad(loss, argnums=(0, 1, 2), has_aux=True)
+    return jax.jit(grads)(x, weight, matrices)
+
+
+@functools.cache
+def want(routing: str, k: int):
+    return value_and_grads(tiled_experts, choices(routing, k))
+
+
+@pytest.mark.parametrize("exchange", ["gather", "ragged"])
+@pytest.mark.parametrize("mesh, routing, k", [
+    ({"expert": 8}, "even", 2),  # in four rounds
+    ({"expert": 8}, "all to one device", 2),
+    ({"expert": 8}, "all to one device", 1),
+    ({"seq": 4, "expert": 2}, "even", 6),  # several choices on a device
+    ({"data": 2, "expert": 2, "tensor": 2}, "even", 2),
+], ids=str)
+def test_exchanged_tokens_are_those_of_one_device(mesh, routing, k, exchange):
+    compute = Plan(make_mesh(mesh), exchange=exchange).ops().experts
+    assert_close(value_and_grads(compute, choices(routing, k)), want(routing, k))
+
+
+def test_rounds_need_not_divide_the_tokens():
+    ids = choices("even", 2)[:, :24]  # 6 tokens a device, four rounds of 2
+    rng = np.random.default_rng(0)
+    x, weight, *matrices = (jnp.asarray(rng.normal(size=s), jnp.float32) for s in (
+        (ROWS, 24, WIDTH), ids.shape, (EXPERTS, WIDTH, FFN), (EXPERTS, WIDTH, FFN),
+        (EXPERTS, FFN, WIDTH),
+    ))
+    compute = Plan(make_mesh({"expert": 8}), exchange="ragged").ops().experts
+    got = jax.jit(compute)(x, ids, weight, *matrices)
+    assert_close(got, tiled_experts(x, ids, weight, *matrices))
+
+
+@pytest.mark.parametrize("tokens", [TOKENS, 1], ids=["a row", "a token that every device has"])
+def test_experts_kept_in_four_bits(tokens):
+    rng = np.random.default_rng(0)
+
+    def draw(outputs, inputs):
+        codes = rng.integers(-(2**31), 2**31, (EXPERTS, outputs, inputs // 8)).astype(np.int32)
+        scale = rng.uniform(0.1, 0.2, (EXPERTS, outputs, 1)).astype(np.float32)
+        return Int4(jnp.asarray(codes), jnp.asarray(scale))
+
+    matrices = draw(FFN, WIDTH), draw(FFN, WIDTH), draw(WIDTH, FFN)
+    ids = choices("even", 2)[:, :tokens]
+    x, weight = (jnp.asarray(rng.normal(size=s), jnp.float32)
+                 for s in ((ROWS, tokens, WIDTH), ids.shape))
+    compute = Plan(make_mesh({"seq": 2, "expert": 4})).ops().experts
+    got = jax.jit(compute)(x, ids, weight, *matrices)
+    assert_close(got, tiled_experts(x, ids, weight, *matrices))
+
+
+def test_the_longer_axis_exchanges_what_was_asked_for():
+    assert [cheaper(ways, 8) for ways in (2, 8, 16, 64)] == ["gather"] * 2 + ["ragged"] * 2
+    with pytest.raises(UserError, match="exchange 'post': there are gather, ragged"):
+        Plan(make_mesh({"expert": 8}), exchange="post")
