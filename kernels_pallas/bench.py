@@ -119,8 +119,8 @@ def cycle_line(row: dict) -> str:
 
 HEADS = {
     time_line: f"{'op':10} {'case':28} {'impl':5} {'ms':>9} {'GFLOP/s':>9} {'of peak':>8}",
-    cycle_line: f"{'op':10} {'case':28} {'impl':14} {'dims':8} {'cycles':>7} {'of 512':>7} {'MXU':>5} "
-                f"{'useful':>6} {'spill/fill':>11} {'VMEM MiB':>8} {'bundles':>8}",
+    cycle_line: f"{'op':10} {'case':28} {'impl':14} {'dims':8} {'cycles':>7} {'of 512':>7} "
+                f"{'MXU':>5} {'useful':>6} {'spill/fill':>11} {'VMEM MiB':>8} {'bundles':>8}",
 }
 
 

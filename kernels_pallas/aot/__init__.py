@@ -62,9 +62,9 @@ BLOCK_PAIRS = 512 * 512  # cycles are also given per so many pairs of a query an
 class Case(NamedTuple):
     """A function to compile, and what one inner block of its kernel has to compute.
 
-    The inner block is the branch or loop body that does the matrix products of one grid step (see
-    `schedule.Kernel.blocks`). Where a kernel has several, as one with and one without a mask,
-    `block` picks by their vector work: 0 the least, -1 the most; a case is about one. Of a loop
+    The inner block is the branch or loop body that does the matrix products of one grid step, found
+    by `macs` (see `schedule.Kernel.blocks`). Where a kernel has several, as one with and one
+    without a mask, `block` picks by their vector work: 0 the least, -1 the most. Of a loop
     within a grid step one turn is the block, as the schedule shows it: macs are those of the turn.
 
         def _make():

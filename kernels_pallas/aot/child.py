@@ -137,12 +137,12 @@ def measure(case: aot.Case, chip: str, dumps: str | None) -> dict:
     if not found:
         raise aot.CompileError(f"libtpu left no schedule of {sorted(vmem)}")
     kernel = max(found.values(), key=lambda k: max(r.own for r in k.regions))
-    blocks = kernel.blocks()
-    block = blocks[case.block]
-    ideal = case.macs and case.macs / aot.CHIPS[chip].macs_per_cycle
-    if ideal and ideal > block.cycles:
-        raise aot.CompileError(f"{kernel.name}: {case.macs=} take {ideal:.0f} cycles, its block "
-                               f"has {block.cycles}: that is not the block of these MACs")
+    busy = case.macs and case.macs / aot.CHIPS[chip].macs
+    if not (blocks := kernel.blocks(busy)):
+        found = sorted({r.own for r in kernel.regions if r.own})
+        raise aot.CompileError(f"{kernel.name}: {case.macs=} keep an MXU busy for {busy:.0f} cycles"
+                               f", its blocks do for {found}: none is the block of these MACs")
+    block, ideal = blocks[case.block], busy and busy / aot.CHIPS[chip].mxus
     return {
         "kernel": kernel.name,
         "cycles": block.cycles,
