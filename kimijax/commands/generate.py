@@ -125,7 +125,7 @@ def _programs(args: argparse.Namespace, loaded, plan):
 
     from kimijax.generate import decoder
 
-    return decoder(loaded.cfg, ops_of(plan), jnp.dtype(args.dtype), plan), loaded.params
+    return decoder(loaded.cfg, ops_of(plan), jnp.dtype(args.dtype)), loaded.params
 
 
 def _encoded(args: argparse.Namespace, tokenizer):
