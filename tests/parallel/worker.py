@@ -121,7 +121,12 @@ def initial_params():
 def main(port: str, index: int, out: Path) -> None:
     """One of the two processes."""
     jax.config.update("jax_num_cpu_devices", 4)
-    join(f"127.0.0.1:{port}", 2, index, patience=60, heartbeat=10)
+    with join(f"127.0.0.1:{port}", 2, index, patience=60):
+        work(index, out)
+
+
+def work(index: int, out: Path) -> None:
+    """What both do, until one of them is gone."""
     job = Job(Plan(make_mesh({"seq": 8})), initial_params())
     got = results(job)
     if index == 0:
