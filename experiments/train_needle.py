@@ -86,10 +86,10 @@ def main(args: argparse.Namespace) -> int:
 
     from kimijax import presets
     from kimijax.checkpoint import save_model
+    from kimijax.commands.paths import writable
     from kimijax.config_tree import to_dict
     from kimijax.data import corpus
     from kimijax.data.needles import batch
-    from kimijax.evals.needle import writable
     from kimijax.model import Model, abstract_params
     from kimijax.ops.attend import local
     from kimijax.optim.muon import build
