@@ -70,11 +70,32 @@ def is_first() -> bool:
     return jax.process_index() == 0
 
 
+def meet() -> None:
+    """Wait until every process is here."""
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices("meet")
+
+
 def anywhere(flags: list[bool]) -> list[bool]:
     """Which flags are up in any process: what all of them have to decide alike."""
     if jax.process_count() == 1:
         return flags
     return multihost_utils.process_allgather(np.array(flags)).any(0).tolist()
+
+
+def on_first(tree):
+    """Arrays of all devices on the host of process 0, whole, one after the other; None elsewhere.
+
+    In a job of one process they stay where they are.
+    """
+    if jax.process_count() == 1:
+        return tree
+
+    def fetch(x):
+        whole = multihost_utils.process_allgather(x, tiled=True)
+        return whole if is_first() else None
+
+    return jax.tree.map(fetch, tree)
 
 
 class _Watch:

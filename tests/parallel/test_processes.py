@@ -62,6 +62,10 @@ def test_two_processes_give_the_answer_of_one(job):
         time.sleep(0.1)
     with np.load(out / "got.npz") as held:
         got = dict(held)
+    restored = [name for name in got if name.startswith("restored")]
+    assert len(restored) == len([name for name in want if name.startswith("param")])
+    for name in restored:  # both saved and restored together
+        np.testing.assert_array_equal(got.pop(name), got[name.replace("restored", "param")])
     assert_close(got, want)
 
 

@@ -17,6 +17,7 @@ import numpy as np
 import optax
 
 from kimijax.cache import empty_cache
+from kimijax.checkpoint import restore_latest, save_state
 from kimijax.config import GroupConfig, KDAConfig, LayerConfig, MLAConfig, ModelConfig, SwiGLUConfig
 from kimijax.model import Model, abstract_params
 from kimijax.ops.attend import local
@@ -129,6 +130,10 @@ def work(index: int, out: Path) -> None:
     """What both do, until one of them is gone."""
     job = Job(Plan(make_mesh({"seq": 8})), initial_params())
     got = results(job)
+    save_state(out / "state", 1, job.state)
+    _, job.state = restore_latest(out / "state", job.state)
+    again = jax.tree.leaves(job.back(job.state.params))
+    got |= {f"restored{i}": x for i, x in enumerate(again)}
     if index == 0:
         np.savez(out / "part.npz", **got)
         (out / "part.npz").rename(out / "got.npz")
