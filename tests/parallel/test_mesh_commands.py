@@ -136,3 +136,11 @@ def test_devices_that_are_not_there_are_not_made_up():
     with pytest.raises(UserError, match=r"needs 8 devices, there are 4 \(tpu\); choose smaller"):
         make_mesh({"seq": 8}, chips)
     assert make_mesh({"seq": 4}, jax.devices()).size == 4
+
+
+def test_a_mesh_that_leaves_a_process_out_is_refused(monkeypatch):
+    chips = [SimpleNamespace(platform="tpu", process_index=i // 4) for i in range(8)]
+    monkeypatch.setattr(jax, "devices", lambda: chips)
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    with pytest.raises(UserError, match="the first 4 of 8 devices and none of process 1; choose"):
+        make_mesh({"seq": 4})
