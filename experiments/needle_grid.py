@@ -33,8 +33,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> int:
     """Run what is missing and print one table."""
+    from kimijax.commands.paths import writable
     from kimijax.data.haystack import QUESTION
-    from kimijax.evals.needle import NeedleJob, run, writable
+    from kimijax.evals.needle import NeedleJob, run
 
     rows: list[tuple[str, dict]] = []
     for checkpoint in map(Path, args.checkpoints.split(",")):

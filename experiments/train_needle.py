@@ -11,9 +11,11 @@ Real Python files with pass keys in them, then questions. All of a row is read w
 
 import argparse
 from dataclasses import asdict
+from pathlib import Path
 
 from kimijax.cli import run_module
 from kimijax.commands.mesh import add_mesh, plan_of
+from kimijax.commands.processes import job_of
 from kimijax.errors import UserError
 
 BALANCE_RATE = 3e-3
@@ -82,24 +84,30 @@ def _check_rows(plan) -> None:
 
 def main(args: argparse.Namespace) -> int:
     """Train, resuming if interrupted, and write the model."""
+    if not 0 <= args.seed < 2**32:
+        raise UserError(f"--seed must be between 0 and {2**32 - 1}, got {args.seed}")
+    with job_of(args):
+        return _train(args)
+
+
+def _train(args: argparse.Namespace) -> int:
     import optax
 
     from kimijax import presets
     from kimijax.checkpoint import save_model
+    from kimijax.commands.paths import writable
     from kimijax.config_tree import to_dict
     from kimijax.data import corpus
     from kimijax.data.needles import batch
-    from kimijax.evals.needle import writable
     from kimijax.model import Model, abstract_params
     from kimijax.ops.attend import local
     from kimijax.optim.muon import build
+    from kimijax.parallel.processes import is_first, on_first
     from kimijax.train import Interrupted, fit, init_state, make_step, state_shardings
 
-    if not 0 <= args.seed < 2**32:
-        raise UserError(f"--seed must be between 0 and {2**32 - 1}, got {args.seed}")
     if (plan := plan_of(args, train=True, exact=True)) is not None:
         _check_rows(plan)
-    out = writable(args.out)
+    out = writable(args.out) if is_first() else Path(args.out)
     cfg = presets.needle_2m()
     model = Model(cfg, local(exact=True) if plan is None else plan.ops())
     text = corpus.concatenate(corpus.load_documents("train"), seed=0)
@@ -124,7 +132,9 @@ def main(args: argparse.Namespace) -> int:
     except Interrupted as stopped:
         print(f"{stopped}; the same command goes on")
         return 130
-    save_model(out / "model", cfg, state.params["params"])
+    params = on_first(state.params["params"])
+    if is_first():
+        save_model(out / "model", cfg, params)
     print(f"model written to {out}/model")
     return 0
 

@@ -3,8 +3,7 @@
 A row of the cache is a sequence of slots; a slot holds one token, its position and its segment are
 data. Unwritten slots have position int32 max: they lie in the future and are never seen. A store
 begins with `lead` slots of history, so that looking back never leaves the array. A cache may stand
-on a frozen one: `fork` gives a small cache whose past is another, read but neither copied nor
-written, so that questions share one long document.
+on a frozen one (kimijax.fork).
 """
 
 import math
@@ -85,6 +84,15 @@ class Cache:
         nth, within = slot // self.stripe, slot % self.stripe
         owner = nth % self.ways
         return owner * (self.pos.shape[1] // self.ways) + nth // self.ways * self.stripe + within
+
+    def places(self) -> jax.Array:
+        """The slot of the store (its lead included) at each place of the arrays: `index` undone."""
+        at = jnp.arange(self.pos.shape[1])
+        if self.ways == 1:
+            return at
+        share = self.pos.shape[1] // self.ways
+        nth = at % share // self.stripe * self.ways + at // share
+        return nth * self.stripe + at % self.stripe
 
     def slots(self, x: jax.Array, start: jax.Array, length: int) -> jax.Array:
         """x[row, slot] for the slots start[row] .. start[row] + length: b length ..."""
@@ -269,46 +277,3 @@ def place(cache: Cache, tokens: Tokens) -> jax.Array:
 def keep_last(past: jax.Array, new: jax.Array, used: jax.Array) -> jax.Array:
     """The last tokens of (past b n ..., new b t ...) after `used` of the new: b n ..."""
     return rows_slice(jnp.concatenate([past, new.astype(past.dtype)], 1), used, past.shape[1])
-
-
-def fork(cfg: ModelConfig, cache: Cache, room: int) -> Cache:
-    """A cache that continues `cache`, which it reads and never writes, with `room` free slots.
-
-    Cost: a copy of the last tokens, not of the past.
-    """
-    if cache.frozen is not None:
-        raise ValueError("fork: the cache already stands on a frozen one; fork that one instead")
-    if cache.ways > 1:
-        raise ValueError("fork: a cache that is dealt over devices cannot be forked")
-    run, lead = run_length(cfg), cache.lead
-    new = empty_cache(cfg, cache.pos.shape[0], room)
-    first = cache.count // run * run
-    # The lead of the new store and the open run behind it are copies of the frozen store's end.
-    # Blocks that are complete by now stay with the frozen store, later ones will be in the new.
-    source = first - cache.first
-
-    def copied(x):
-        return rows_slice(x, source, lead + run)
-
-    live = jnp.arange(lead + run) < (cache.count - first + lead)[:, None]
-
-    def state(old: dict, fresh: dict) -> dict:
-        stored = {
-            name: x.astype(old[name].dtype).at[:, :, : lead + run].set(jax.vmap(copied)(old[name]))
-            for name, x in fresh.items()
-            if name in ("latent", "k_rope", "head_keys", "head_values")
-        }
-        blocks = {n: x for n, x in fresh.items() if n in ("keys", "block_pos", "block_seg")}
-        return old | stored | blocks
-
-    return new.replace(
-        pos=new.pos.at[:, : lead + run].set(jnp.where(live, copied(cache.pos), FAR)),
-        seg=new.seg.at[:, : lead + run].set(jnp.where(live, copied(cache.seg), -1)),
-        count=cache.count,
-        first=first,
-        states=tuple(
-            tuple(state(a, b) for a, b in zip(old, fresh, strict=True))
-            for old, fresh in zip(cache.states, new.states, strict=True)
-        ),
-        frozen=cache,
-    )

@@ -18,7 +18,6 @@ from kimijax.infer import check_tokens
 from kimijax.model import Model
 from kimijax.ops.attend import Ops
 from kimijax.ops.rope import MAX_POSITION
-from kimijax.parallel.plan import Plan
 from kimijax.sampling import Sampling, knobs, row_keys, sample
 
 LARGEST_CHUNK = 2048
@@ -26,37 +25,18 @@ GREEDY = Sampling(temperature=0.0)
 
 
 class Decoder:
-    """Compiled programs of one model: a chunk of every prompt, and a token of every row.
+    """Compiled programs of one model: a chunk of every prompt, and a token of every row."""
 
-    plan  whose ops these are; the cache is dealt as it says. None: one device
-    """
-
-    def __init__(self, cfg: ModelConfig, ops: Ops, dtype: jnp.dtype, plan: Plan | None = None):
-        self.cfg, self.dtype, self.plan = cfg, dtype, plan
+    def __init__(self, cfg: ModelConfig, ops: Ops, dtype: jnp.dtype):
+        self.cfg, self.ops, self.dtype = cfg, ops, dtype
         self.model = Model(cfg, ops, dtype)
         self.prefill = jax.jit(self._prefill, donate_argnums=1)
         self.step = jax.jit(self._step, donate_argnums=(1, 3))
         self.pick = jax.jit(self._pick, donate_argnums=1)
         self.empty = jax.jit(self._empty, static_argnums=(0, 1))
 
-    @property
-    def ways(self) -> int:
-        """Devices over which a row is dealt."""
-        return 1 if self.plan is None else self.plan.ways
-
-    @property
-    def rows(self) -> int:
-        """Rows of a call are a multiple of this."""
-        return 1 if self.plan is None else self.plan.mesh.shape["data"]
-
     def _empty(self, rows, capacity):
-        return self._dealt(empty_cache(self.cfg, rows, capacity, self.dtype, self.ways))
-
-    def _dealt(self, cache: Cache) -> Cache:
-        """The cache where the plan wants it: its donated arrays are used again as they lie."""
-        if self.plan is None:
-            return cache
-        return jax.lax.with_sharding_constraint(cache, self.plan.cache_shardings(cache))
+        return self.ops.deal(empty_cache(self.cfg, rows, capacity, self.dtype, self.ops.ways))
 
     def _prefill(self, params, cache, ids, live):
         """The first live[row] of ids b t of every row: (cache, logits b v of each row's last)."""
@@ -65,15 +45,16 @@ class Decoder:
         out = self.model.apply(params, ids, None, seg, cache=cache, aligned=True)
         last = jnp.maximum(live - 1, 0)[:, None, None]
         hidden = jnp.take_along_axis(out.hidden, last, 1)[:, 0]
-        return self._dealt(out.cache), self.model.apply(params, hidden, method="head")
+        logits = self.ops.whole(self.model.apply(params, hidden, method="head"))
+        return self.ops.deal(out.cache), logits
 
     def _step(self, params, cache, token, seen, how, seed, step):
         """Read a token of every row and choose the next: (token b, cache, seen)."""
         fresh = jnp.ones((token.shape[0], 1), bool)
         out = self.model.apply(params, token[:, None], cache=cache, fresh=fresh)
         logits = self.model.apply(params, out.hidden[:, 0], method="head")
-        token, seen = self._pick(logits, seen, how, seed, step)
-        return token, self._dealt(out.cache), seen
+        token, seen = self._pick(self.ops.whole(logits), seen, how, seed, step)
+        return self.ops.whole(token), self.ops.deal(out.cache), seen
 
     def _pick(self, logits, seen, how, seed, step):
         """The next token of every row, marked in `seen` (b v bool; None: nothing asks for it)."""
@@ -83,9 +64,9 @@ class Decoder:
 
 
 @functools.cache
-def decoder(cfg: ModelConfig, ops: Ops, dtype: jnp.dtype, plan: Plan | None = None) -> Decoder:
+def decoder(cfg: ModelConfig, ops: Ops, dtype: jnp.dtype) -> Decoder:
     """The Decoder of these arguments, made once, so that its programs are compiled once."""
-    return Decoder(cfg, ops, dtype, plan)
+    return Decoder(cfg, ops, dtype)
 
 
 def generate(
@@ -103,7 +84,7 @@ def generate(
     for prompt in prompts:
         check_tokens(programs.cfg, np.asarray(prompt))
     asked = len(prompts)
-    prompts = [*prompts, *[np.zeros(0, np.int32)] * (-asked % programs.rows)]
+    prompts = [*prompts, *[np.zeros(0, np.int32)] * (-asked % programs.ops.batch)]
     how, seed = knobs([sampling] * len(prompts)), np.uint32(sampling.seed)
     cache, logits = read_prompts(programs, params, prompts, new)
     seen = None
@@ -111,7 +92,7 @@ def generate(
         marks = np.zeros((len(prompts), programs.cfg.vocab), bool)
         for row, prompt in enumerate(prompts):
             marks[row, prompt] = True
-        seen = jnp.asarray(marks)
+        seen = marks
     token, seen = programs.pick(logits, seen, how, seed, np.int32(0))
     for i in range(new):
         yield np.asarray(token)[:asked]
@@ -130,7 +111,7 @@ def read_prompts(
     """
     lengths = np.array([len(p) for p in prompts])
     check_room(int(lengths.max()), room)
-    chunk = chunk_length(programs.cfg, int(lengths.max()), programs.ways)
+    chunk = chunk_length(programs.cfg, int(lengths.max()), programs.ops.ways)
     capacity = max(chunk, int(lengths.max()) + room)
     cache, logits = programs.empty(len(prompts), capacity), None
     for start in range(0, int(lengths.max()), chunk):

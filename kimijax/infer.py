@@ -14,9 +14,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kimijax.cache import Cache, empty_cache, fork, run_length
+from kimijax.cache import Cache, empty_cache, run_length
 from kimijax.config import ModelConfig
 from kimijax.errors import UserError
+from kimijax.fork import fork
 from kimijax.model import Model
 from kimijax.ops.attend import Ops
 from kimijax.ops.rope import MAX_POSITION
@@ -40,12 +41,15 @@ class Step:
         run = run_length(cfg)
         if chunk % run:
             raise UserError(f"chunk {chunk} must be a multiple of {run}, the run of this model")
-        self.cfg, self.chunk = cfg, chunk
+        self.cfg, self.ops, self.chunk = cfg, ops, chunk
         self.model = Model(cfg, ops)
         self.read = jax.jit(self._read, donate_argnums=1)
         self.extend = jax.jit(self._extend, donate_argnums=2)
         self.fork = jax.jit(self._fork, static_argnums=1)
-        self.empty = jax.jit(functools.partial(empty_cache, cfg), static_argnums=(0, 1))
+        self.empty = jax.jit(self._empty, static_argnums=(0, 1))
+
+    def _empty(self, rows, capacity):
+        return self.ops.deal(empty_cache(self.cfg, rows, capacity, ways=self.ops.ways))
 
     def _read(self, params, cache, ids, live):
         """`live` tokens of a document from ids b chunk+1: (cache, nats of each next token's code).
@@ -59,7 +63,8 @@ class Step:
         out = self.model.apply(params, inputs, None, seg, cache=cache, aligned=True)
         logits = self.model.apply(params, out.hidden, method="head")
         right = jnp.take_along_axis(logits, targets[..., None], -1)[..., 0]
-        return out.cache, jax.nn.logsumexp(logits, -1) - right
+        nats = jax.nn.logsumexp(logits, -1) - right
+        return self.ops.deal(out.cache), self.ops.whole(nats)
 
     def _extend(self, params, frozen, cache, ids, live):
         """Fresh tokens behind a frozen document: (next token b, cache, chosen blocks of the last).
@@ -78,10 +83,12 @@ class Step:
             for group in out.aux for layer in group.values() if "chosen" in layer["mixer"]
         ]
         chosen = jnp.concatenate(chosen) if chosen else jnp.zeros((0, ids.shape[0], 0), jnp.int32)
-        return logits.argmax(-1).astype(jnp.int32), out.cache.replace(frozen=None), chosen
+        token = logits.argmax(-1).astype(jnp.int32)
+        cache = self.ops.deal(out.cache.replace(frozen=None))
+        return self.ops.whole(token), cache, self.ops.whole(chosen)
 
     def _fork(self, cache, room):
-        return fork(self.cfg, cache, room).replace(frozen=None)
+        return self.ops.deal(fork(self.cfg, cache, room, self.ops.rows).replace(frozen=None))
 
 
 @functools.cache

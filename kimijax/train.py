@@ -2,6 +2,7 @@
 
 import functools
 import json
+import os
 import signal
 import time
 from collections.abc import Callable
@@ -22,6 +23,7 @@ from kimijax.errors import UserError
 from kimijax.model import Model
 from kimijax.ops.attend import local
 from kimijax.parallel.plan import Plan
+from kimijax.parallel.processes import anywhere, is_first, meet
 
 SAVE_SECONDS = 60.0
 
@@ -47,12 +49,13 @@ def init_state(
     where  of each array (`state_shardings`); None: on one device
     """
     build = jax.jit(functools.partial(_init, model, optimizer), out_shardings=where)
-    return build(jax.random.key(seed))
+    return build(np.uint32(seed))
 
 
-def _init(model: Model, optimizer: optax.GradientTransformation, key: jax.Array) -> TrainState:
+def _init(model: Model, optimizer: optax.GradientTransformation, seed: jax.Array) -> TrainState:
     model = model.clone(ops=local())  # weights depend on none; one token cannot be dealt out
-    params = nn.unbox(model.init(key, jnp.zeros((1, 1), jnp.int32), method="logits"))
+    ids = jnp.zeros((1, 1), jnp.int32)
+    params = nn.unbox(model.init(jax.random.key(seed), ids, method="logits"))
     return TrainState(jnp.int32(0), params, optimizer.init(params))
 
 
@@ -62,7 +65,7 @@ def state_shardings(
     """Where a plan puts each array of a state: what an optimizer keeps of a weight, with it."""
     params = plan.shardings(model.cfg)
     whole = NamedSharding(plan.mesh, PartitionSpec())
-    shapes = jax.eval_shape(functools.partial(_init, model, optimizer), jax.random.key(0))
+    shapes = jax.eval_shape(functools.partial(_init, model, optimizer), np.uint32(0))
     keys = lambda path: tuple(k.key for k in path if isinstance(k, DictKey))  # noqa: E731
     known = {
         (keys(path), leaf.shape): sharding
@@ -97,7 +100,8 @@ def make_step(
         metrics |= {"grad_norm": optax.tree.norm(grads)}
         return TrainState(state.step + 1, params, opt_state), metrics
 
-    return jax.jit(step, donate_argnums=0, out_shardings=where and (where, None))
+    # Metrics are whole on every device, as the step count is.
+    return jax.jit(step, donate_argnums=0, out_shardings=where and (where, where.step))
 
 
 def balance(params, aux: tuple, rate: float):
@@ -138,13 +142,14 @@ def fit(
 
     Every step adds a line to metrics.jsonl. The state is saved each minute, at the end and on
     SIGINT or SIGTERM, which then raise Interrupted. `run` is what the run is made of (JSON
-    values); UserError if `out` holds another one.
+    values); UserError if `out` holds another one. Of several processes the first writes, and
+    all read a state to resume from: they have to see the same `out`.
     """
     _claim(out, run)
     if (found := restore_latest(out / "state", state)) is not None:
         state = found[1]
     first = int(state.step)
-    log = _log_until(out / "metrics.jsonl", first)
+    log = _log_until(out / "metrics.jsonl", first) if is_first() else open(os.devnull, "w")
     stop, saved = _Stop(), time.monotonic()
     done = sum(tokens_of(i) for i in range(first))
     total = done + sum(tokens_of(i) for i in range(first, steps))
@@ -156,10 +161,11 @@ def fit(
             _write_line(log, {"step": i + 1, "seconds": time.perf_counter() - began} | metrics)
             bar.update(tokens_of(i))
             bar.set_postfix({k: f"{v:.3f}" for k, v in metrics.items() if np.ndim(v) == 0})
-            if stop.asked or time.monotonic() - saved > SAVE_SECONDS:
+            asked, due = anywhere([stop.asked, time.monotonic() - saved > SAVE_SECONDS])
+            if asked or due:
                 save_state(out / "state", i + 1, state)
                 saved = time.monotonic()
-            if stop.asked:
+            if asked:
                 raise Interrupted(f"stopped after step {i + 1} of {steps}, state saved in {out}")
     save_state(out / "state", steps, state)
     return state
@@ -168,12 +174,15 @@ def fit(
 def _claim(out: Path, run: dict) -> None:
     """Note in `out` which run lives there; a state of another one must not be resumed."""
     path = out / "run.json"
-    if not path.exists():
+    if is_first() and not path.exists():
         out.mkdir(parents=True, exist_ok=True)
         temporary = path.with_suffix(".tmp")
         temporary.write_text(json.dumps(run, indent=1))
         temporary.replace(path)
-    elif _json(path) != json.loads(json.dumps(run)):
+    meet()  # the others look when it is there
+    if not path.exists():
+        raise UserError(f"{path} is not there for all processes; give an --out that they share")
+    if _json(path) != json.loads(json.dumps(run)):
         raise UserError(f"{out} holds another run (see {path}); give this one its own --out")
 
 

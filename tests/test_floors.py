@@ -15,6 +15,7 @@ FLOORS = {
     "kimijax.errors": 1,
     "kimijax.presets": 1,
     "kimijax.cache": 2,
+    "kimijax.fork": 2,
     "kimijax.ops": 2,
     "kimijax.layers": 3,
     "kimijax.model": 4,

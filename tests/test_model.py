@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from kimijax import presets
-from kimijax.cache import empty_cache, fork
+from kimijax.cache import empty_cache
+from kimijax.fork import fork
 from kimijax.infer import Step
 from kimijax.model import Model, abstract_params
 from kimijax.ops.attend import local

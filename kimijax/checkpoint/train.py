@@ -19,6 +19,7 @@ import numpy as np
 
 from kimijax.checkpoint.common import brief, describe, difference, sync
 from kimijax.errors import UserError
+from kimijax.parallel.processes import is_first, meet, on_first
 
 MANIFEST, LEAVES, ARRAYS = "manifest.json", "leaves.json", "arrays"
 STEP = re.compile(r"step_(\d{8,})(\.old)?")  # .old: on its way out, its successor not yet in place
@@ -27,11 +28,19 @@ STEP = re.compile(r"step_(\d{8,})(\.old)?")  # .old: on its way out, its success
 def save_state(directory: str | os.PathLike, step: int, state: object, keep: int = 2) -> None:
     """Write a pytree of arrays and numbers to directory/step_00000123; keep the newest `keep`.
 
-    Whatever happens while it writes, the checkpoints that were there stay whole. One process.
+    Whatever happens while it writes, the checkpoints that were there stay whole. All processes of
+    a job call it, process 0 writes: its host holds the state.
     """
-    if keep < 1 or jax.process_count() > 1:
-        raise ValueError(f"{keep=} must be 1 or more, {jax.process_count()=} must be 1")
-    directory = Path(directory).absolute()
+    if keep < 1:
+        raise ValueError(f"{keep=} must be 1 or more")
+    state = on_first(state)
+    if is_first():
+        _replace(Path(directory).absolute(), step, state, keep)
+    meet()
+
+
+def _replace(directory: Path, step: int, state: object, keep: int) -> None:
+    """The new checkpoint once it is whole, then without the oldest ones."""
     final = directory / f"step_{step:08d}"
     new, old = final.with_suffix(".tmp"), final.with_suffix(".old")
     try:
@@ -104,7 +113,11 @@ def _write_state(path: Path, state: object) -> None:
         if np.size(leaf)  # orbax refuses empty arrays; the description says all of them
     }
     ocp = _orbax()
-    with ocp.Checkpointer(ocp.StandardCheckpointHandler()) as checkpointer:
+    alone = ocp.options.MultiprocessingOptions(
+        primary_host=0, active_processes={0}, barrier_sync_key_prefix="first"
+    )
+    handler = ocp.StandardCheckpointHandler(multiprocessing_options=alone)
+    with ocp.Checkpointer(handler, multiprocessing_options=alone) as checkpointer:
         checkpointer.save(path / ARRAYS, args=ocp.args.StandardSave(stored))
     sync(path.rglob("*"))
     (path / MANIFEST).write_bytes(_manifest(path))

@@ -12,6 +12,7 @@ import argparse
 from kimijax.commands.checkpoint import DTYPES, add_weights, load_checkpoint
 from kimijax.commands.mesh import add_mesh, ops_of, plan_of
 from kimijax.commands.paths import path
+from kimijax.commands.processes import job_of
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -63,11 +64,14 @@ def main(args: argparse.Namespace) -> int:
         temperature=args.temperature, top_k=args.top_k, top_p=args.top_p, min_p=args.min_p,
         repetition_penalty=args.repetition_penalty, seed=args.seed,
     )
-    return (_text if args.tokens is None else _arrays)(args, sampling, plan_of(args))
+    with job_of(args):
+        (_text if args.tokens is None else _arrays)(args, sampling, plan_of(args))
+    return 0
 
 
-def _arrays(args: argparse.Namespace, sampling, plan) -> int:
+def _arrays(args: argparse.Namespace, sampling, plan) -> None:
     """Token arrays in, token arrays out; a row that met a stop id repeats it to its end."""
+    from contextlib import nullcontext
     from pathlib import Path
 
     import numpy as np
@@ -76,11 +80,14 @@ def _arrays(args: argparse.Namespace, sampling, plan) -> int:
     from kimijax.commands.arrays import new_array, read_tokens
     from kimijax.convert.load import read_config
     from kimijax.generate import check_room, generate
+    from kimijax.parallel.processes import is_first
 
     ids = read_tokens(args.tokens, read_config(Path(args.checkpoint)).vocab)
     rows, length = ids.shape
     check_room(length, args.max_new)
-    with new_array(args.out, (rows, length + args.max_new), np.int32) as out:
+    shape = (rows, length + args.max_new)
+    file = new_array(args.out, shape, np.int32) if is_first() else nullcontext(np.empty(shape))
+    with file as out:
         loaded = load_checkpoint(args, plan)
         programs, params = _programs(args, loaded, plan)
         out[:, :length] = ids
@@ -92,10 +99,9 @@ def _arrays(args: argparse.Namespace, sampling, plan) -> int:
             if stopped.all():
                 out[:, length + i + 1 :] = out[:, length + i, None]
                 break
-    return 0
 
 
-def _text(args: argparse.Namespace, sampling, plan) -> int:
+def _text(args: argparse.Namespace, sampling, plan) -> None:
     """Text in, text on the terminal as it comes."""
     from kimijax.data.tokenizer import StreamDecoder, load_tokenizer
     from kimijax.generate import generate
@@ -116,7 +122,6 @@ def _text(args: argparse.Namespace, sampling, plan) -> int:
     if not stops.stopped:
         print(stops.push(pieces.finish()) + stops.finish(), end="")
     print()
-    return 0
 
 
 def _programs(args: argparse.Namespace, loaded, plan):
@@ -125,7 +130,7 @@ def _programs(args: argparse.Namespace, loaded, plan):
 
     from kimijax.generate import decoder
 
-    return decoder(loaded.cfg, ops_of(plan), jnp.dtype(args.dtype), plan), loaded.params
+    return decoder(loaded.cfg, ops_of(plan), jnp.dtype(args.dtype)), loaded.params
 
 
 def _encoded(args: argparse.Namespace, tokenizer):

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from kimijax.commands.checkpoint import DTYPES, add_weights, load_checkpoint
 from kimijax.commands.mesh import add_layout, add_mesh, ops_of, plan_of
 from kimijax.commands.paths import path
+from kimijax.commands.processes import job_of
 
 if TYPE_CHECKING:
     import numpy as np
@@ -36,6 +37,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> int:
     """Read a row at a time (on a mesh one for each of `data`), write its logits piece by piece."""
+    with job_of(args):
+        _write_logits(args)
+    return 0
+
+
+def _write_logits(args: argparse.Namespace) -> None:
+    from contextlib import nullcontext
     from pathlib import Path
 
     import jax
@@ -47,18 +55,20 @@ def main(args: argparse.Namespace) -> int:
     from kimijax.convert.load import read_config
     from kimijax.generate import check_room
     from kimijax.model import Model
+    from kimijax.parallel.processes import is_first
 
     plan = plan_of(args)
     vocab = read_config(Path(args.checkpoint)).vocab
     ids = read_tokens(args.tokens, vocab)
     check_room(ids.shape[1], 0)
-    with new_array(args.out, (*ids.shape, vocab), np.float32) as out:
+    file = new_array(args.out, (*ids.shape, vocab), np.float32) if is_first() else nullcontext()
+    with file as out:
         loaded = load_checkpoint(args, plan)
         ops, params = ops_of(plan), loaded.params
         model = Model(loaded.cfg, ops, jnp.dtype(args.dtype))
         hidden = jax.jit(lambda p, call, runs: model.apply(p, **call, runs=runs).hidden,
                          static_argnums=2)
-        head = jax.jit(lambda p, x: model.apply(p, x, method="head"))
+        head = jax.jit(lambda p, x: ops.whole(model.apply(p, x, method="head")))
         step = 1 if plan is None else plan.mesh.shape["data"]
         for first in tqdm(range(0, len(ids), step), unit="row", unit_scale=step):
             rows = ids[first : first + step]
@@ -69,8 +79,8 @@ def main(args: argparse.Namespace) -> int:
                     piece = places[at : at + PIECE]
                     real = piece < ids.shape[1]
                     logits = np.asarray(head(params, states[row, at : at + PIECE]))
-                    out[first + row, piece[real]] = logits[real]
-    return 0
+                    if out is not None:
+                        out[first + row, piece[real]] = logits[real]
 
 
 def _call(plan: Plan | None, cfg: ModelConfig, rows: np.ndarray):

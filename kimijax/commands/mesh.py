@@ -6,6 +6,8 @@ import argparse
 import math
 from typing import TYPE_CHECKING
 
+from kimijax.commands.processes import add_processes
+
 if TYPE_CHECKING:
     from kimijax.ops.attend import Ops
     from kimijax.parallel.plan import Plan
@@ -14,12 +16,13 @@ VIRTUAL = 512  # devices a CPU host stands in for at most; each costs threads an
 
 
 def add_mesh(parser: argparse.ArgumentParser) -> None:
-    """--mesh, of a command that runs a model."""
+    """--mesh and what makes several processes, of a command that runs a model."""
     parser.add_argument(
         "--mesh", metavar="AXIS=N[,AXIS=N...]",
         help="devices by axis, as data=1,seq=4,expert=2 (axes data, seq, expert, tensor); a CPU "
         "host stands in for as many as are asked for. Default: one device",
     )
+    add_processes(parser)
 
 
 def add_layout(parser: argparse.ArgumentParser) -> None:
@@ -48,7 +51,7 @@ def plan_of(args: argparse.Namespace, **fixed) -> Plan | None:
             raise UserError(f"--{min(asked)} is about several devices: it needs --mesh")
         return None
     sizes = parse_mesh(args.mesh)
-    _show_cpu_devices(math.prod(sizes.values()))
+    _show_cpu_devices(-(-math.prod(sizes.values()) // (args.processes or 1)))
     return Plan(make_mesh(sizes), **asked, **fixed)
 
 

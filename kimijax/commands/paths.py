@@ -1,6 +1,8 @@
 """Paths on the command line, refused before any work where no system call can take them."""
 
 import os
+import tempfile
+from pathlib import Path
 
 from kimijax.errors import UserError
 
@@ -20,3 +22,18 @@ def path(text: str) -> str:
     except ValueError as error:  # a NUL, or a character that file names here cannot hold
         raise UserError(f"{text!r:.200}: is no path: {error}; name another") from error
     return text
+
+
+def writable(out: str) -> Path:
+    """The output directory, not made yet; UserError if it could not be made or written."""
+    try:
+        path = Path(out or "/dev/null").expanduser()
+        nearest = path
+        while not nearest.exists():
+            nearest = nearest.parent
+        with tempfile.TemporaryFile(dir=nearest):
+            pass
+    except (OSError, RuntimeError) as error:
+        why = getattr(error, "strerror", None) or error
+        raise UserError(f"--out {out or repr(out)} cannot be written: {why}") from error
+    return path

@@ -5,7 +5,6 @@ Every needle is the distractor of all others. Words and digits are drawn anew fo
 
 import json
 import os
-import tempfile
 import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -16,6 +15,7 @@ from tqdm import tqdm
 from kimijax import metrics
 from kimijax.checkpoint import load_model
 from kimijax.config import CompressedConfig, ModelConfig
+from kimijax.convert.load import load
 from kimijax.data.haystack import (
     NEEDLE,
     QUESTION,
@@ -32,6 +32,8 @@ from kimijax.infer import CHUNK, Step, check_tokens, generate, prefill, programs
 from kimijax.ops.attend import local
 from kimijax.ops.blocks import local_start
 from kimijax.ops.rope import MAX_POSITION
+from kimijax.parallel.plan import Plan
+from kimijax.parallel.processes import is_first
 
 TENTHS = 10
 MOST_NEEDLES = 100_000  # there are no more keys of five digits
@@ -53,7 +55,7 @@ class NeedleJob:
     twins: bool = False
     exact: bool = False
     yes: bool = False
-    chunk: int = CHUNK
+    chunk: int = CHUNK  # tokens that a device reads at a time
 
     def __post_init__(self):
         for name, value in (("context", min(self.contexts, default=1)), ("needles", self.needles)):
@@ -112,29 +114,44 @@ def _enough(text: np.ndarray, context: int) -> None:
         )
 
 
-def run(job: NeedleJob, out: Path) -> dict:
-    """Do the job, write results.json and heatmap.png into `out`, print the table; the results."""
+def run(job: NeedleJob, out: Path, plan: Plan | None = None) -> dict:
+    """Do the job, write results.json and heatmap.png into `out`, print the table; the results.
+
+    plan  where the text and its questions lie, `exact` as the job is; None: on one device
+    """
     documents = hidden(job)
     clock = metrics.CompileClock()
     cfg, params = load_model(Path(job.checkpoint))
+    ops = local(exact=job.exact)
+    if plan is not None:
+        ops, params = plan.ops(), load(job.checkpoint, shardings=plan.placements).params
     for tokens, _ in documents:
         check_tokens(cfg, tokens)
-    step = programs(cfg, local(exact=job.exact), job.chunk)
+    step = programs(cfg, ops, job.chunk * ops.ways)
     capacity = max(len(tokens) for tokens, _ in documents)
-    capacity = -(-capacity // job.chunk) * job.chunk
+    capacity = -(-capacity // step.chunk) * step.chunk
     width = _prompt_width(job, documents)
     warm_up(step, params, capacity, width)
-    peak = [metrics.matmul_peak()]
+    peak = [_peak(plan)]
     if job.exact:
         _estimate(job, step, params, capacity, width, documents)
     readings = [
         _read(job, step, params, capacity, width, tokens, needles) for tokens, needles in documents
     ]
-    peak.append(metrics.matmul_peak())
-    results = _results(job, cfg, readings, clock.seconds, float(np.mean(peak)))
-    _write(out, results)
+    peak.append(_peak(plan))
+    results = _results(job, step, readings, clock.seconds, float(np.mean(peak)))
+    results["mesh"] = plan and dict(plan.mesh.shape)
+    if is_first():
+        _write(out, results)
     print(table(results))
     return results
+
+
+def _peak(plan: Plan | None) -> float:
+    """Matmul FLOP/s of all devices; those that a CPU host stands in for share its cores."""
+    devices = [] if plan is None else list(plan.mesh.devices.flat)
+    own = [d for d in devices if d.platform != "cpu"] or {d.process_index for d in devices}
+    return metrics.matmul_peak() * max(1, len(own))
 
 
 def _prompt_width(job: NeedleJob, documents) -> int:
@@ -193,13 +210,13 @@ def _recall(cfg: ModelConfig, needle: Needle, chosen: np.ndarray, query: int) ->
 def _estimate(job: NeedleJob, step: Step, params, capacity: int, width: int, documents) -> None:
     """Print how long exact attention will take, from its first chunks; long ones need --yes."""
     longest, needles = max(documents, key=lambda d: len(d[0]))
-    tokens, chunks = longest[: PROBE_CHUNKS * job.chunk], []
+    tokens, chunks = longest[: PROBE_CHUNKS * step.chunk], []
     cache = prefill(step, params, step.empty(1, capacity), tokens, chunks.append)
     began = time.perf_counter()
     generate(step, params, cache, _prompt(job, needles[0]), len(needles[0].digits), width)
     question = time.perf_counter() - began
     total = sum(
-        _reading_seconds([c.seconds for c in chunks], -(-len(t) // job.chunk))
+        _reading_seconds([c.seconds for c in chunks], -(-len(t) // step.chunk))
         + question * len(asked) * len(t) / len(tokens)
         for t, asked in documents
     )
@@ -216,8 +233,8 @@ def _reading_seconds(probe: list[float], chunks: int) -> float:
     return float(np.sum(np.maximum(start + slope * np.arange(chunks), 0)))
 
 
-def _results(job, cfg, readings: list[Reading], compile_seconds: float, peak: float) -> dict:
-    runs = [_summary(job, cfg, r, peak) for r in readings]
+def _results(job, step, readings: list[Reading], compile_seconds: float, peak: float) -> dict:
+    runs = [_summary(job, step, r, peak) for r in readings]
     return runs[-1] | {
         "compile_seconds": compile_seconds,
         "matmul_peak_flops": peak,
@@ -227,11 +244,11 @@ def _results(job, cfg, readings: list[Reading], compile_seconds: float, peak: fl
     }
 
 
-def _summary(job: NeedleJob, cfg: ModelConfig, r: Reading, peak: float) -> dict:
+def _summary(job: NeedleJob, step: Step, r: Reading, peak: float) -> dict:
     right = [a == n.digits for a, n in zip(r.answers, r.needles, strict=True)]
     seconds = float(np.sum(r.chunk_seconds))
-    flops = metrics.prefill_flops(cfg, r.context, job.exact)
-    last = max(1, 65536 // job.chunk)
+    flops = metrics.prefill_flops(step.cfg, r.context, job.exact)
+    last = max(1, 65536 // step.chunk)
     return {
         "context": r.context,
         "needles": len(r.needles),
@@ -242,7 +259,7 @@ def _summary(job: NeedleJob, cfg: ModelConfig, r: Reading, peak: float) -> dict:
         "block_recall": float(np.mean(r.recalled)) if r.recalled else None,
         "prefill_seconds": seconds,
         "prefill_tokens_per_second": r.context / seconds,
-        "seconds_per_token_last_64k": float(np.mean(r.chunk_seconds[-last:])) / job.chunk,
+        "seconds_per_token_last_64k": float(np.mean(r.chunk_seconds[-last:])) / step.chunk,
         "decode_ms_per_token": (
             1e3 * float(np.median(r.decode_seconds)) if r.decode_seconds else None
         ),
@@ -279,18 +296,3 @@ def _write(out: Path, results: dict) -> None:
     heatmap(results, picture)
     os.replace(picture, out / "heatmap.png")
     os.replace(numbers, out / "results.json")
-
-
-def writable(out: str) -> Path:
-    """The output directory, not made yet; UserError if it could not be made or written."""
-    try:
-        path = Path(out or "/dev/null").expanduser()
-        nearest = path
-        while not nearest.exists():
-            nearest = nearest.parent
-        with tempfile.TemporaryFile(dir=nearest):
-            pass
-    except (OSError, RuntimeError) as error:
-        why = getattr(error, "strerror", None) or error
-        raise UserError(f"--out {out or repr(out)} cannot be written: {why}") from error
-    return path

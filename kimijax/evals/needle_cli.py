@@ -5,13 +5,15 @@
   kimijax needle --haystack DIR                     your own files, as long as they are
   kimijax needle --haystack DIR --ask WORD          a key that your files state themselves, as
                                                     "The pass key for WORD is 12345."
-Writes results.json and heatmap.png into --out.
+Writes results.json and heatmap.png into --out. With --mesh the text lies on several devices.
 """
 
 import argparse
 from pathlib import Path
 
-from kimijax.commands.paths import path
+from kimijax.commands.mesh import add_mesh, plan_of
+from kimijax.commands.paths import path, writable
+from kimijax.commands.processes import job_of
 from kimijax.errors import UserError
 
 CONTEXTS = (32768, 131072, 524288, 2097152)
@@ -37,6 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--checkpoint", type=path, metavar="DIR", default=str(CHECKPOINT),
         help="default: the one shipped")
     add("--out", type=path, metavar="DIR", default="runs/needle_2m", help="default: %(default)s")
+    add_mesh(parser)
 
 
 def numbers(text: str, least: int) -> tuple[int, ...]:
@@ -59,8 +62,15 @@ def main(args: argparse.Namespace) -> int:
     """Run the job of parsed arguments."""
     if args.seed < 0:
         raise UserError(f"--seed must not be negative, got {args.seed}")
+    with job_of(args):
+        _run(args)
+    return 0
+
+
+def _run(args: argparse.Namespace) -> None:
     from kimijax.data.haystack import QUESTION
-    from kimijax.evals.needle import NeedleJob, run, writable
+    from kimijax.evals.needle import NeedleJob, run
+    from kimijax.parallel.processes import is_first
 
     contexts = args.context or (() if args.haystack else CONTEXTS)
     job = NeedleJob(
@@ -69,5 +79,5 @@ def main(args: argparse.Namespace) -> int:
         question=QUESTION if args.question is None else args.question,
         twins=args.twins, exact=args.attention == "exact", yes=args.yes,
     )
-    run(job, writable(args.out))
-    return 0
+    plan = plan_of(args, exact=job.exact)
+    run(job, writable(args.out) if is_first() else Path(args.out), plan)

@@ -75,9 +75,9 @@ def attend_all(
         return ops.recall(q, _stored(memory.state, memory.repeat, cache), up, scale=scale)
     # The new store begins with copies of the frozen one's end: each slot counts once.
     old = cache.frozen
-    slot = jnp.arange(old.pos.shape[1]) - old.lead + old.first[:, None]
+    slot = old.places() - old.lead + old.first[:, None]
     old = old.replace(seg=jnp.where(slot < cache.first[:, None], old.seg, -1))
-    own = cache.replace(seg=cache.seg.at[:, : cache.lead].set(-1))
+    own = cache.replace(seg=jnp.where(cache.places() < cache.lead, -1, cache.seg))
     return merge(
         ops.recall(q, _stored(memory.frozen, memory.repeat, old), up, scale=scale),
         ops.recall(q, _stored(memory.state, memory.repeat, own), up, scale=scale),

@@ -4,7 +4,7 @@ import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +14,7 @@ from kernels_pallas.indexer import top_blocks
 from kernels_pallas.kda import kda
 from kernels_pallas.partial import Partial
 from kernels_pallas.select import select
-from kimijax.cache import ROWS, Rows
+from kimijax.cache import ROWS, Cache, Rows
 from kimijax.ops.delta import delta_runs
 from kimijax.ops.moe import ragged_experts, tiled_experts
 
@@ -111,7 +111,11 @@ class Ops:
     exact: bool = False  # compressed layers read all of the past instead of chosen blocks
     remat: bool = False  # gradients compute layers a second time, and keep their inputs alone
     spread: Callable[[jax.Array], jax.Array] = lambda x: x  # activations b t ... to their place
+    deal: Callable[[Cache], Cache] = lambda cache: cache  # a cache to its place
+    whole: Callable[[Any], Any] = lambda tree: tree  # what the host reads, to every device
     runs: Callable[[int, int, int], int] = lambda t, run, least: 1  # pieces of a row of t tokens
+    ways: int = 1  # devices over which the tokens of a row, or the slots of its cache, lie
+    batch: int = 1  # devices over which rows lie: those of a call are a multiple of it
 
 
 @functools.cache

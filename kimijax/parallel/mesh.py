@@ -44,13 +44,19 @@ def make_mesh(sizes: dict[str, int], devices: list | None = None) -> Mesh:
     if unknown := sorted(set(sizes) - set(AXES)):
         raise UserError(f"mesh: there is no axis {unknown[0]!r}, there are {', '.join(AXES)}")
     shape = tuple(sizes.get(axis, 1) for axis in AXES)
-    devices = jax.devices() if devices is None else devices
+    given, devices = devices, jax.devices() if devices is None else devices
     if (need := math.prod(shape)) > len(devices):
         kind = devices[0].platform
         more = f"; XLA_FLAGS=--xla_force_host_platform_device_count={need} makes as many"
         raise UserError(
             f"mesh {named(sizes)} needs {need} devices, there are {len(devices)} ({kind})"
             f"{more if kind == 'cpu' else '; choose smaller axes'}"
+        )
+    if given is None and devices[need - 1].process_index < jax.process_count() - 1:
+        raise UserError(
+            f"mesh {named(sizes)} takes the first {need} of {len(devices)} devices and none of "
+            f"process {jax.process_count() - 1}; choose axes that use all of them, or start fewer "
+            "processes"
         )
     return Mesh(np.array(devices[:need]).reshape(shape), AXES)
 

@@ -171,7 +171,11 @@ def _ops(plan: Plan) -> Ops:
         exact=plan.exact,
         remat=plan.remat,
         spread=spread,
+        deal=lambda x: jax.lax.with_sharding_constraint(x, plan.cache_shardings(x)),
+        whole=lambda x: jax.lax.with_sharding_constraint(x, NamedSharding(plan.mesh, P())),
         runs=runs,
+        ways=plan.ways,
+        batch=plan.mesh.shape["data"],
     )
 
 

@@ -1,138 +1,158 @@
-"""One job of several processes: each calls `join` first, then jax shows the devices of all.
+"""One job of several processes: each enters `join` first, then jax shows the devices of all.
 
-jax.distributed ends a process that waits in vain with a stack trace and without a name. So the
-roll is called before it begins, on the port that it will use: whoever is missing is named.
+jax ends a process that waits in vain for another with a stack trace, after the silence of a
+heartbeat. So every process keeps the line on which the roll was called (roll.py): whoever ends
+before its work is done is noticed at once, and the others say which it was and end as well.
 """
 
-import socket
+import atexit
+import os
+import sys
+import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import jax
+import numpy as np
+from jax.experimental import multihost_utils
 
 from kimijax.errors import UserError
+from kimijax.parallel.roll import Line, address, answer_roll, call_roll
 
 PATIENCE = 300  # seconds in which every process has to come
-HEARTBEAT = 30  # seconds without a sign of life after which a process is dead, and the job with it
-GO = "go"
+HEARTBEAT = 30  # seconds without a sign of life after which jax ends the job: a process that hangs
+GRACE = 5  # seconds in which process 0 may tidy up once another is gone
+DONE = "done"
 
 
+@contextmanager
 def join(
     coordinator: str, processes: int, index: int, patience: int = PATIENCE,
     heartbeat: int = HEARTBEAT,
-) -> None:
+) -> Iterator[None]:
     """Come together with the other processes; before anything else is asked of jax.
+
+    The block ends when it has ended in all of them. If a process ends before that, the others name
+    it on stderr and end with code 2, whatever they do at the time.
 
     coordinator  host:port of process 0, the same for all; it must be free there
     processes    how many there are
     index        which one this is, from 0
     patience     seconds to wait for the others; UserError names one that did not come
-    heartbeat    seconds after which a process that went silent ends the job, naming it
+    heartbeat    seconds after which jax ends the job of a process that lives and is silent
     """
-    host, port = _address(coordinator)
+    address(coordinator)
     if not 0 <= index < processes:
         raise UserError(
             f"process {index} of {processes}: give the number of processes, and each its own index "
             "below that, from 0"
         )
     if index == 0:
-        _call_roll(coordinator, port, processes, patience)
+        lines = call_roll(coordinator, processes, patience)
     else:
-        _answer_roll(coordinator, (host, port), processes, index, patience)
-    jax.distributed.initialize(
-        coordinator, processes, index, initialization_timeout=patience,
-        heartbeat_timeout_seconds=heartbeat, shutdown_timeout_seconds=heartbeat,
-    )
-
-
-def _address(coordinator: str) -> tuple[str, int]:
-    host, _, port = coordinator.rpartition(":")
-    if not host or not (port.isascii() and port.isdigit()) or not 0 < int(port[:6]) < 1 << 16:
-        raise UserError(f"coordinator {coordinator!r:.80}: write it as host:port, as 10.0.0.1:8476")
-    return host.strip("[]"), int(port)
-
-
-def _call_roll(coordinator: str, port: int, processes: int, patience: float) -> None:
-    """Process 0 waits for the others, and tells those that came whether all did."""
-    lines: dict[int, socket.socket] = {}
-    end = time.monotonic() + patience
+        lines = answer_roll(coordinator, processes, index, patience)
+    watch = _Watch(lines, processes, index)
     try:
-        with _listen(coordinator, port) as server:
-            while len(lines) < processes - 1 and (left := end - time.monotonic()) > 0:
-                server.settimeout(left)
-                try:
-                    line, _ = server.accept()
-                except TimeoutError:
-                    break
-                if (index := _introduced(line, processes)) is None:
-                    line.close()  # nobody of this job
-                    continue
-                if index in lines:
-                    lines[index].close()  # it was started again
-                lines[index] = line
-        missing = [i for i in range(1, processes) if i not in lines]
-        fault = missing and (
-            f"process {', '.join(map(str, missing[:8]))} of {processes} did not come to "
-            f"{coordinator} within {patience:g} s; start it with this coordinator, or run fewer"
+        jax.distributed.initialize(
+            coordinator, processes, index, initialization_timeout=patience,
+            heartbeat_timeout_seconds=heartbeat, shutdown_timeout_seconds=heartbeat,
         )
-        for line in lines.values():
-            _tell(line, fault or GO)
-    finally:
-        for line in lines.values():
-            line.close()
-    if fault:
-        raise UserError(fault)
+        yield
+        watch.leave()
+    except BaseException as error:
+        watch.fail(error)
+        raise
 
 
-def _listen(coordinator: str, port: int) -> socket.socket:
-    both = socket.has_dualstack_ipv6()
-    family = socket.AF_INET6 if both else socket.AF_INET
-    try:
-        return socket.create_server(("", port), family=family, dualstack_ipv6=both)
-    except OSError as error:
-        raise UserError(
-            f"coordinator {coordinator}: process 0 cannot listen there: {error.strerror}; choose "
-            "another port"
-        ) from error
+def is_first() -> bool:
+    """Whether this process writes the files of its job; true of a process that is alone."""
+    return jax.process_index() == 0
 
 
-def _introduced(line: socket.socket, processes: int) -> int | None:
-    """The index of the process at the other end; None: it is none of this job."""
-    line.settimeout(5)
-    try:
-        words = line.makefile().readline(64).split()
-    except (OSError, UnicodeDecodeError):
-        return None
-    known = {f"{i}/{processes}": i for i in range(1, processes)}
-    return known.get(words[0]) if len(words) == 1 else None
+def meet() -> None:
+    """Wait until every process is here."""
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices("meet")
 
 
-def _tell(line: socket.socket, text: str) -> None:
-    try:
-        line.sendall(f"{text}\n".encode())
-    except OSError:
-        pass  # it has gone meanwhile: jax will wait for it, and say so
+def anywhere(flags: list[bool]) -> list[bool]:
+    """Which flags are up in any process: what all of them have to decide alike."""
+    if jax.process_count() == 1:
+        return flags
+    return multihost_utils.process_allgather(np.array(flags)).any(0).tolist()
 
 
-def _answer_roll(
-    coordinator: str, address: tuple[str, int], processes: int, index: int, patience: float
-) -> None:
-    """Another process tells process 0 that it is there, and hears whether all are."""
-    end, answer = time.monotonic() + patience, ""
-    while not answer and (left := end - time.monotonic()) > 0:
-        try:
-            with socket.create_connection(address, left) as line:
-                line.sendall(f"{index}/{processes}\n".encode())
-                # Process 0 may have come later, and its patience ends later.
-                line.settimeout(patience + 5)
-                answer = line.makefile().readline(1000).strip()
-        except (OSError, UnicodeDecodeError):
-            pass  # it is not there yet, or something else is
-        if not answer:
-            time.sleep(0.2)
-    if not answer:
-        raise UserError(
-            f"process 0 of {processes} did not answer at {coordinator} within {patience:g} s; "
-            "start it there, or give the address where it is"
-        )
-    if answer != GO:
-        raise UserError(answer)
+def on_first(tree):
+    """Arrays of all devices on the host of process 0, whole, one after the other; None elsewhere.
+
+    In a job of one process they stay where they are.
+    """
+    if jax.process_count() == 1:
+        return tree
+
+    def fetch(x):
+        whole = multihost_utils.process_allgather(x, tiled=True)
+        return whole if is_first() else None
+
+    return jax.tree.map(fetch, tree)
+
+
+class _Watch:
+    """Hears on the lines to the other processes who is done and who is gone."""
+
+    def __init__(self, lines: dict[int, Line], processes: int, index: int):
+        self.lines, self.processes, self.index = lines, processes, index
+        self.done = {other: threading.Event() for other in lines}
+        self.lost, self.over, self.lock = threading.Event(), False, threading.Lock()
+        for other in lines:
+            threading.Thread(target=self._listen, args=(other,), daemon=True).start()
+
+    def _listen(self, other: int) -> None:
+        said = self.lines[other].hear()
+        if said == DONE:
+            self.done[other].set()
+            return
+        with self.lock:
+            if self.over:
+                return
+            self.over = True
+        fault = said or f"process {other} of {self.processes} is gone"
+        text = f"\nerror: {fault}; start all processes of the job again"  # behind a progress bar
+        print(text, file=sys.stderr, flush=True)
+        self._tell(fault)
+        self.lost.set()
+        if self.index == 0:  # the others write no files, and have nothing to tidy up
+            time.sleep(GRACE)
+        os._exit(2)
+
+    def _tell(self, text: str) -> None:
+        for line in self.lines.values():
+            line.say(text)
+
+    def leave(self) -> None:
+        """The work is done here: wait until it is done everywhere."""
+        if self.index > 0:
+            self._tell(DONE)
+        for done in self.done.values():
+            done.wait()
+        with self.lock:
+            self.over = True
+        if self.index == 0:
+            self._tell(DONE)
+
+    def fail(self, error: BaseException) -> None:
+        """The work ends with an error: of this process, or because another is gone."""
+        own = isinstance(error, UserError | KeyboardInterrupt)
+        # What waits for a process that is gone may raise before its end is heard here.
+        if not own and self.lost.wait(1):
+            error = SystemExit(2)
+        with self.lock:
+            mine, self.over = not self.over, True
+        if mine:
+            self._tell(f"process {self.index} of {self.processes} failed")
+        code = {UserError: 2, KeyboardInterrupt: 130, SystemExit: 2}.get(type(error), 1)
+        # jax would wait here, at the exit, for processes that do not come.
+        atexit.register(os._exit, code)
+        if not mine:
+            raise error

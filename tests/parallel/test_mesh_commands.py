@@ -1,5 +1,6 @@
-"""`kimijax logits` and `generate` with --mesh: one device's answers, and what is refused."""
+"""The commands with --mesh: one device's answers, and what is refused."""
 
+import json
 import os
 import subprocess
 import sys
@@ -10,7 +11,7 @@ import jax
 import numpy as np
 import pytest
 
-from kimijax import cli
+from kimijax import cli, metrics
 from kimijax.errors import UserError
 from kimijax.parallel.mesh import make_mesh
 from tests.conftest import assert_close
@@ -94,6 +95,23 @@ def test_scales_that_cannot_be_dealt_out_are_one_line(form, kimijax, tmp_path):
     assert "ffn.down_scale: its dim 'ffn' of 1 is no multiple of tensor = 2; choose a" in line
 
 
+def test_needles_are_found_as_on_one_device(kimijax, tmp_path, monkeypatch):
+    """The document lies on eight devices; questions stand on it, and it is not copied."""
+    monkeypatch.setattr(metrics, "matmul_peak", lambda: 1.0)
+    found = []
+    for name, options in (("one", ()), ("mesh", ("--mesh", "seq=4,expert=2"))):
+        code, errors = kimijax("needle", "--haystack", Path(metrics.__file__).parent / "config.py",
+                               "--context", 6000, "--needles", 4, "--out", tmp_path / name,
+                               *options)
+        assert code == 0, errors
+        found.append(json.loads((tmp_path / name / "results.json").read_text()))
+    want, got = found
+    assert got["questions"] == want["questions"] and want["exact_match"] == 1.0
+    assert got["block_recall"] == want["block_recall"]
+    assert_close(np.float64(got["bits_per_token"]), np.float64(want["bits_per_token"]))
+    assert want["mesh"] is None and got["mesh"] == {"data": 1, "seq": 4, "expert": 2, "tensor": 1}
+
+
 def test_a_cpu_host_stands_in_for_the_devices_of_a_mesh(tmp_path):
     known = answers(K2)
     np.save(tmp_path / "in.npy", known["input_ids"][:1])
@@ -122,6 +140,12 @@ def test_a_cpu_host_stands_in_for_the_devices_of_a_mesh(tmp_path):
         (("--mesh", "seq=2", "--strategy", "x"), "strategy 'x': there are ring, gather, ulysses"),
         (("--mesh", "seq=8", "--strategy", "ulysses"), "choose another strategy"),
         (("--order", "zigzag"), "--order is about several devices: it needs --mesh"),
+        (("--mesh", "seq=2", "--coordinator", "here:80"),
+         "--processes and --process missing: a process of several needs --coordinator"),
+        (("--mesh", "seq=2", "--processes", "2", "--process", "0"), "--coordinator missing"),
+        (("--coordinator", "here:80", "--processes", "2", "--process", "0"), "--mesh missing"),
+        (("--mesh", "seq=2", "--coordinator", "here:80", "--processes", "2", "--process", "2"),
+         "process 2 of 2: give the number of processes"),
     ],
 )
 def test_a_mesh_that_cannot_be_is_one_line_and_exit_code_2(options, message, kimijax, tmp_path):
@@ -139,3 +163,11 @@ def test_devices_that_are_not_there_are_not_made_up():
     with pytest.raises(UserError, match=r"needs 8 devices, there are 4 \(tpu\); choose smaller"):
         make_mesh({"seq": 8}, chips)
     assert make_mesh({"seq": 4}, jax.devices()).size == 4
+
+
+def test_a_mesh_that_leaves_a_process_out_is_refused(monkeypatch):
+    chips = [SimpleNamespace(platform="tpu", process_index=i // 4) for i in range(8)]
+    monkeypatch.setattr(jax, "devices", lambda: chips)
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    with pytest.raises(UserError, match="the first 4 of 8 devices and none of process 1; choose"):
+        make_mesh({"seq": 4})

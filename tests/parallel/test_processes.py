@@ -14,6 +14,7 @@ import pytest
 from kimijax.errors import UserError
 from kimijax.parallel.processes import join
 from tests.conftest import assert_close
+from tests.parallel.test_mesh_commands import GOLDENS, answers
 
 ROOT = Path(__file__).parents[2]
 DEAD = 60  # seconds in which a dead process must be noticed
@@ -61,6 +62,10 @@ def test_two_processes_give_the_answer_of_one(job):
         time.sleep(0.1)
     with np.load(out / "got.npz") as held:
         got = dict(held)
+    restored = [name for name in got if name.startswith("restored")]
+    assert len(restored) == len([name for name in want if name.startswith("param")])
+    for name in restored:  # both saved and restored together
+        np.testing.assert_array_equal(got.pop(name), got[name.replace("restored", "param")])
     assert_close(got, want)
 
 
@@ -70,17 +75,42 @@ def test_a_killed_process_ends_the_job_and_is_named(job):
         reader.join(timeout=2 * DEAD)
     killed = float((out / "killed").read_text())
     assert running[1].returncode == -9, said[1]
-    assert running[0].returncode not in (0, None), said[0]
+    assert running[0].returncode == 2, said[0]
     assert ended[0] - killed < DEAD
-    assert "The following tasks are unhealthy (stopped sending heartbeats):\n1" in said[0]
+    assert "error: process 1 of 2 is gone; start all processes of the job again\n" in said[0]
+    assert "Traceback" not in said[0]
+
+
+def test_two_processes_of_a_command_write_the_file_of_one(tmp_path):
+    known = answers("k2_tiny")
+    np.save(tmp_path / "in.npy", known["gen_prompt"][:1])
+    flags = [f for f in os.environ["XLA_FLAGS"].split() if "device_count" not in f]
+    where = f"127.0.0.1:{free_port()}"
+    running = [
+        subprocess.Popen(
+            [sys.executable, "-c", "from kimijax.cli import run; run()", "generate", "--checkpoint",
+             GOLDENS / "k2_tiny", "--tokens", tmp_path / "in.npy", "--out",
+             tmp_path / f"out{index}.npy", "--max_new", "3", "--mesh", "seq=2,expert=2",
+             "--coordinator", where, "--processes", "2", "--process", str(index)],
+            cwd=ROOT, env=os.environ | {"XLA_FLAGS": " ".join(flags)}, stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE, text=True,
+        )
+        for index in (0, 1)
+    ]
+    said = [process.communicate(timeout=300) for process in running]
+    assert [process.returncode for process in running] == [0, 0], said
+    assert [out for out, _ in said] == ["", ""] and "tok/s" not in said[1][1]
+    got = np.load(tmp_path / "out0.npy")[:, -3:]
+    np.testing.assert_array_equal(got, known["gen_tokens"][:1, :3])
+    assert not (tmp_path / "out1.npy").exists()
 
 
 def test_who_does_not_come_is_named_to_those_who_did():
     where, faults = f"127.0.0.1:{free_port()}", {}
 
     def come(index):
-        with pytest.raises(UserError) as error:
-            join(where, 3, index, patience=2)
+        with pytest.raises(UserError) as error, join(where, 3, index, patience=2):
+            pass
         faults[index] = str(error.value)
 
     came = [threading.Thread(target=come, args=(i,)) for i in (0, 2)]
@@ -94,8 +124,9 @@ def test_who_does_not_come_is_named_to_those_who_did():
 
 def test_a_coordinator_that_does_not_answer_is_named():
     where = f"127.0.0.1:{free_port()}"
-    with pytest.raises(UserError, match=f"process 0 of 2 did not answer at {where} within 1 s"):
-        join(where, 2, 1, patience=1)
+    fault = f"process 0 of 2 did not answer at {where} within 1 s"
+    with pytest.raises(UserError, match=fault), join(where, 2, 1, patience=1):
+        pass
 
 
 @pytest.mark.parametrize(
@@ -110,12 +141,13 @@ def test_a_coordinator_that_does_not_answer_is_named():
     ],
 )
 def test_what_names_no_process_is_refused(coordinator, processes, index, message):
-    with pytest.raises(UserError, match=message):
-        join(coordinator, processes, index, patience=1)
+    with pytest.raises(UserError, match=message), join(coordinator, processes, index, patience=1):
+        pass
 
 
 def test_a_port_that_is_taken_is_said():
     with socket.create_server(("", 0)) as taken:
-        port = taken.getsockname()[1]
-        with pytest.raises(UserError, match="cannot listen there.*choose another port"):
-            join(f"127.0.0.1:{port}", 2, 0, patience=1)
+        where = f"127.0.0.1:{taken.getsockname()[1]}"
+        fault = "cannot listen there.*choose another port"
+        with pytest.raises(UserError, match=fault), join(where, 2, 0, patience=1):
+            pass

@@ -17,6 +17,7 @@ import numpy as np
 import optax
 
 from kimijax.cache import empty_cache
+from kimijax.checkpoint import restore_latest, save_state
 from kimijax.config import GroupConfig, KDAConfig, LayerConfig, MLAConfig, ModelConfig, SwiGLUConfig
 from kimijax.model import Model, abstract_params
 from kimijax.ops.attend import local
@@ -121,9 +122,18 @@ def initial_params():
 def main(port: str, index: int, out: Path) -> None:
     """One of the two processes."""
     jax.config.update("jax_num_cpu_devices", 4)
-    join(f"127.0.0.1:{port}", 2, index, patience=60, heartbeat=10)
+    with join(f"127.0.0.1:{port}", 2, index, patience=60):
+        work(index, out)
+
+
+def work(index: int, out: Path) -> None:
+    """What both do, until one of them is gone."""
     job = Job(Plan(make_mesh({"seq": 8})), initial_params())
     got = results(job)
+    save_state(out / "state", 1, job.state)
+    _, job.state = restore_latest(out / "state", job.state)
+    again = jax.tree.leaves(job.back(job.state.params))
+    got |= {f"restored{i}": x for i, x in enumerate(again)}
     if index == 0:
         np.savez(out / "part.npz", **got)
         (out / "part.npz").rename(out / "got.npz")
