@@ -100,7 +100,7 @@ def _train(args: argparse.Namespace) -> int:
     from kimijax.data import corpus
     from kimijax.data.needles import batch
     from kimijax.model import Model, abstract_params
-    from kimijax.ops.attend import local
+    from kimijax.ops.attend import local, usual_impl
     from kimijax.optim.muon import build
     from kimijax.parallel.processes import is_first, on_first
     from kimijax.train import Interrupted, fit, init_state, make_step, state_shardings
@@ -109,7 +109,7 @@ def _train(args: argparse.Namespace) -> int:
         _check_rows(plan)
     out = writable(args.out) if is_first() else Path(args.out)
     cfg = presets.needle_2m()
-    model = Model(cfg, local(exact=True) if plan is None else plan.ops())
+    model = Model(cfg, local(usual_impl(), exact=True) if plan is None else plan.ops())
     text = corpus.concatenate(corpus.load_documents("train"), seed=0)
     schedule = [task for steps, task in phases() for _ in range(steps)]
     lr = optax.warmup_cosine_decay_schedule(0.0, PEAK_LR, WARMUP, len(schedule), PEAK_LR * FINAL)

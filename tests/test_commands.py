@@ -47,6 +47,21 @@ def test_logits_of_an_array(kimijax, answers, tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["in.npy", "out.npy"]
 
 
+def test_kernels_of_a_tpu_interpreted_give_the_same(kimijax, answers, tmp_path):
+    np.save(tmp_path / "in.npy", answers["input_ids"][:1])
+    np.save(tmp_path / "prompt.npy", answers["gen_prompt"][:1])
+    reading = "--checkpoint", K2, "--impl", "pallas_interpret"
+    code, _, errors = kimijax("logits", *reading, "--tokens", tmp_path / "in.npy", "--out",
+                              tmp_path / "out.npy")
+    assert code == 0, errors
+    assert np.abs(np.load(tmp_path / "out.npy") - answers["logits"][:1]).max() < ABSOLUTE
+    code, _, errors = kimijax("generate", *reading, "--tokens", tmp_path / "prompt.npy", "--out",
+                              tmp_path / "tokens.npy", "--max_new", 4)
+    assert code == 0, errors
+    want = answers["gen_tokens"][:1, :4]
+    np.testing.assert_array_equal(np.load(tmp_path / "tokens.npy")[:, -4:], want)
+
+
 def test_bfloat16_logits_are_near(kimijax, answers, tmp_path):
     np.save(tmp_path / "in.npy", answers["input_ids"][:1])
     code, _, errors = kimijax("logits", "--checkpoint", K2, "--tokens", tmp_path / "in.npy",

@@ -10,7 +10,7 @@ With --mesh the prompt and its cache lie on several devices.
 import argparse
 
 from kimijax.commands.checkpoint import DTYPES, add_weights, load_checkpoint
-from kimijax.commands.mesh import add_mesh, ops_of, plan_of
+from kimijax.commands.mesh import add_impl, add_mesh, ops_of, plan_of
 from kimijax.commands.paths import path
 from kimijax.commands.processes import job_of
 
@@ -39,6 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--dtype", choices=DTYPES, default="float32", help="of weights and activations")
     add_weights(parser)
     add_mesh(parser)
+    add_impl(parser)
 
 
 def _ids(text: str) -> tuple[int, ...]:
@@ -130,7 +131,7 @@ def _programs(args: argparse.Namespace, loaded, plan):
 
     from kimijax.generate import decoder
 
-    return decoder(loaded.cfg, ops_of(plan), jnp.dtype(args.dtype)), loaded.params
+    return decoder(loaded.cfg, ops_of(args, plan), jnp.dtype(args.dtype)), loaded.params
 
 
 def _encoded(args: argparse.Namespace, tokenizer):

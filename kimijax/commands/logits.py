@@ -10,7 +10,7 @@ import argparse
 from typing import TYPE_CHECKING
 
 from kimijax.commands.checkpoint import DTYPES, add_weights, load_checkpoint
-from kimijax.commands.mesh import add_layout, add_mesh, ops_of, plan_of
+from kimijax.commands.mesh import add_impl, add_layout, add_mesh, ops_of, plan_of
 from kimijax.commands.paths import path
 from kimijax.commands.processes import job_of
 
@@ -33,6 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_weights(parser)
     add_mesh(parser)
     add_layout(parser)
+    add_impl(parser)
 
 
 def main(args: argparse.Namespace) -> int:
@@ -64,7 +65,7 @@ def _write_logits(args: argparse.Namespace) -> None:
     file = new_array(args.out, (*ids.shape, vocab), np.float32) if is_first() else nullcontext()
     with file as out:
         loaded = load_checkpoint(args, plan)
-        ops, params = ops_of(plan), loaded.params
+        ops, params = ops_of(args, plan), loaded.params
         model = Model(loaded.cfg, ops, jnp.dtype(args.dtype))
         hidden = jax.jit(lambda p, call, runs: model.apply(p, **call, runs=runs).hidden,
                          static_argnums=2)

@@ -25,6 +25,15 @@ def add_mesh(parser: argparse.ArgumentParser) -> None:
     add_processes(parser)
 
 
+def add_impl(parser: argparse.ArgumentParser) -> None:
+    """--impl, of a command that has a use for slow implementations."""
+    parser.add_argument(
+        "--impl", choices=("ref", "xla", "pallas", "pallas_interpret"),
+        help="of the ops: pallas are kernels of a TPU, pallas_interpret the same on any device, "
+        "slowly. Default: pallas on a TPU, xla elsewhere",
+    )
+
+
 def add_layout(parser: argparse.ArgumentParser) -> None:
     """--order and --strategy, of a command that reads whole rows without a cache."""
     add = parser.add_argument
@@ -52,14 +61,14 @@ def plan_of(args: argparse.Namespace, **fixed) -> Plan | None:
         return None
     sizes = parse_mesh(args.mesh)
     _show_cpu_devices(-(-math.prod(sizes.values()) // (args.processes or 1)))
-    return Plan(make_mesh(sizes), **asked, **fixed)
+    return Plan(make_mesh(sizes), impl=getattr(args, "impl", None), **asked, **fixed)
 
 
-def ops_of(plan: Plan | None) -> Ops:
+def ops_of(args: argparse.Namespace, plan: Plan | None) -> Ops:
     """The operations for a model on one device, or where the plan says."""
-    from kimijax.ops.attend import local
+    from kimijax.ops.attend import local, usual_impl
 
-    return local() if plan is None else plan.ops()
+    return local(args.impl or usual_impl()) if plan is None else plan.ops()
 
 
 def _show_cpu_devices(count: int) -> None:

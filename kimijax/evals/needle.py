@@ -29,7 +29,7 @@ from kimijax.data.haystack import (
 from kimijax.errors import UserError
 from kimijax.evals.report import heatmap, table
 from kimijax.infer import CHUNK, Step, check_tokens, generate, prefill, programs
-from kimijax.ops.attend import local
+from kimijax.ops.attend import local, usual_impl
 from kimijax.ops.blocks import local_start
 from kimijax.ops.rope import MAX_POSITION
 from kimijax.parallel.plan import Plan
@@ -122,7 +122,7 @@ def run(job: NeedleJob, out: Path, plan: Plan | None = None) -> dict:
     documents = hidden(job)
     clock = metrics.CompileClock()
     cfg, params = load_model(Path(job.checkpoint))
-    ops = local(exact=job.exact)
+    ops = local(usual_impl(), exact=job.exact)
     if plan is not None:
         ops, params = plan.ops(), load(job.checkpoint, shardings=plan.placements).params
     for tokens, _ in documents:

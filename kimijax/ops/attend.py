@@ -1,6 +1,7 @@
 """The callables that a model is handed: attention in the form and implementation of a plan."""
 
 import functools
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -10,22 +11,19 @@ import jax
 import jax.numpy as jnp
 
 from kernels_pallas.attention import Keys, Queries, attention
+from kernels_pallas.indexer import IMPLS as INDEXERS
 from kernels_pallas.indexer import top_blocks
+from kernels_pallas.kda import IMPLS as KDAS
 from kernels_pallas.kda import kda
+from kernels_pallas.latent import IMPLS as FORMS
+from kernels_pallas.latent import Latents, latent_attention
 from kernels_pallas.partial import Partial
+from kernels_pallas.select import IMPLS as SELECTS
 from kernels_pallas.select import select
 from kimijax.cache import ROWS, Cache, Rows
+from kimijax.errors import UserError
 from kimijax.ops.delta import delta_runs
 from kimijax.ops.moe import ragged_experts, tiled_experts
-
-
-class Latents(NamedTuple):
-    """What MLA caches and sends: one latent a token, one rotary key shared by all heads."""
-
-    latent: jax.Array  # b s r
-    k_rope: jax.Array | None  # b s p   rotated by its absolute position
-    pos: jax.Array  # b s
-    seg: jax.Array  # b s
 
 
 def attend(
@@ -49,21 +47,13 @@ def attend(
     if form is None:
         form = _cheaper(q, kv, w_uk.shape, w_uv.shape[-1])
     if form == "expanded":
-        return attention(q, project(kv, (w_uk, w_uv)), scale=scale, impl=impl)
+        return latent_attention(q, kv, (w_uk, w_uv), scale=scale, impl=impl)
     if form != "absorbed":
         raise ValueError(f"attend: unknown {form=}, there are 'expanded' and 'absorbed'")
     absorbed = q._replace(nope=absorb(q.nope, w_uk))
     one = kv.latent[:, :, None]
     p = attention(absorbed, Keys(one, one, kv.k_rope, kv.pos, kv.seg), scale=scale, impl=impl)
     return p._replace(out=values(p.out, w_uv))
-
-
-def project(kv: Latents, up: tuple[jax.Array, jax.Array]) -> Keys:
-    """The key and value of every head, in the dtype of the latents."""
-    w_uk, w_uv = (w.astype(kv.latent.dtype) for w in up)
-    key = jnp.einsum("bsr,rhn->bshn", kv.latent, w_uk)
-    value = jnp.einsum("bsr,rhv->bshv", kv.latent, w_uv)
-    return Keys(key, value, kv.k_rope, kv.pos, kv.seg)
 
 
 def absorb(q: jax.Array, w_uk: jax.Array) -> jax.Array:
@@ -84,15 +74,43 @@ def _cheaper(q: Queries, kv: Latents, uk_shape: tuple[int, ...], v: int) -> str:
     return "expanded" if expanded < absorbed else "absorbed"
 
 
-def tiled(q: Queries, kv: Keys, *, scale: float, impl: str) -> Partial:
-    """Attention of each tile of queries to its own keys; arrays are b r m ... (see ops.runs)."""
+def tiled(q: Queries, kv: Keys, *, scale: float) -> Partial:
+    """Attention of each tile of queries to its own keys; arrays are b r m ... (see ops.runs).
+
+    Tiles are smaller than the blocks of a kernel: XLA multiplies them on any device.
+    """
     lead = q.pos.shape[:3]
     flat = lambda a: a.reshape(-1, *a.shape[3:])  # noqa: E731
-    p = attention(*jax.tree.map(flat, (q, kv)), scale=scale, impl=impl)
+    p = attention(*jax.tree.map(flat, (q, kv)), scale=scale, impl="xla")
     return jax.tree.map(lambda a: a.reshape(*lead, *a.shape[1:]), p)
 
 
 EXPERTS = {"tiled": tiled_experts, "ragged": ragged_experts}
+
+
+class Impls(NamedTuple):
+    """The implementation of each op."""
+
+    attend: str
+    select: str
+    indexer: str
+    kda: str
+
+
+@functools.cache
+def impls_of(name: str) -> Impls:
+    """Of every op the implementation of that name. UserError: there is none.
+
+    An op without a kernel for a TPU yet runs its xla form there, which is said once.
+    """
+    if name not in FORMS:
+        raise UserError(f"impl {name!r:.40}: there are {', '.join(FORMS)}")
+    ops = {"select": SELECTS, "indexer": INDEXERS, "kda": KDAS}
+    chosen = {op: name if name in known else "xla" for op, known in ops.items()}
+    if missing := [op for op, impl in chosen.items() if impl != name]:
+        log = logging.getLogger(__name__)
+        log.info("no %s form of %s yet: xla runs instead", name, ", ".join(missing))
+    return Impls(name, **chosen)
 
 
 @dataclass(frozen=True)
@@ -118,20 +136,27 @@ class Ops:
     batch: int = 1  # devices over which rows lie: those of a call are a multiple of it
 
 
+def usual_impl() -> str:
+    """Of the devices that jax runs on; a Plan knows its own."""
+    return "pallas" if jax.default_backend() == "tpu" else "xla"
+
+
 @functools.cache
 def local(impl: str = "xla", exact: bool = False, experts: str = "tiled") -> Ops:
     """Operations on one device. The same arguments give the same object, so programs are shared.
 
+    impl     of the ops: "ref", "xla", "pallas" (a TPU) or "pallas_interpret" (the same, slowly)
     experts  "tiled" (any device) or "ragged" (a TPU)
     """
+    impls = impls_of(impl)
     return Ops(
-        attend=partial(attend, impl=impl),
-        recall=partial(attend, impl=impl),
-        tiled=partial(tiled, impl=impl),
-        select=partial(select, impl=impl),
-        top_blocks=partial(top_blocks, impl=impl),
-        delta=partial(delta_runs, impl=impl),
-        kda=partial(kda, impl=impl),
+        attend=partial(attend, impl=impls.attend),
+        recall=partial(attend, impl=impls.attend),
+        tiled=tiled,
+        select=partial(select, impl=impls.select),
+        top_blocks=partial(top_blocks, impl=impls.indexer),
+        delta=partial(delta_runs, impl=impls.kda),
+        kda=partial(kda, impl=impls.kda),
         experts=EXPERTS[experts],
         exact=exact,
     )

@@ -6,20 +6,24 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from kernels_pallas.attention import Keys, Queries, attention, attention_grads
+from kernels_pallas.attention import Queries
 from kernels_pallas.partial import Partial
 from kimijax.parallel.axes import Axes
 
 
 class Source(NamedTuple):
-    """What travels, and how keys are made of it.
+    """What travels, and how to attend to it; kv is a NamedTuple with pos and seg, up are weights.
 
-    project  (kv, up) -> Keys; kv a NamedTuple with pos and seg, up weights (() for none)
-    mine     (kv, up, first, count) -> the same of `count` heads from `first`, of `heads` in all
-    specs    (axes, kv, up) -> PartitionSpecs of kv and of up
+    attend  (q, kv, up, scale=, impl=) -> Partial
+    grads   (q, kv, up, lse, d_out, delta, scale=, impl=) -> (of nope and rope), of kv, of up
+    width   (kv, up) -> numbers of a value
+    mine    (kv, up, first, count) -> the same of `count` heads from `first`, of `heads` in all
+    specs   (axes, kv, up) -> PartitionSpecs of kv and of up
     """
 
-    project: Callable[[Any, Any], Keys]
+    attend: Callable[..., Partial]
+    grads: Callable[..., tuple]
+    width: Callable[[Any, Any], int]
     mine: Callable[[Any, Any, jax.Array, int, int], tuple[Any, Any]]
     specs: Callable[[Axes, Any, Any], tuple[Any, Any]]
 
@@ -41,21 +45,11 @@ class Local(NamedTuple):
         return self._replace(axes=self.axes.over(names))
 
     def keys_of(self, kv, up, q: Queries) -> Partial:
-        return attention(q, self.source.project(kv, up), scale=self.scale, impl=self.impl)
+        return self.source.attend(q, kv, up, scale=self.scale, impl=self.impl)
 
     def grads_of(self, kv, up, q: Queries, lse, d_out, delta):
         """(d_q nope and rope, d_kv floats, d_up), float32, of the keys that lie here."""
-        wide = lambda x: x.astype(jnp.float32)  # noqa: E731
-        keys = self.source.project(kv, up)
-        d_q, d_keys = attention_grads(
-            q, keys, lse, d_out, delta, scale=self.scale, impl=self.impl
-        )
-
-        def project(floats, up):
-            return floats_of(self.source.project(join(kv, floats), up))
-
-        _, pull = jax.vjp(project, *jax.tree.map(wide, (floats_of(kv), up)))
-        return d_q, *pull(d_keys)
+        return self.source.grads(q, kv, up, lse, d_out, delta, scale=self.scale, impl=self.impl)
 
 
 def floats_of(kv):

@@ -9,7 +9,7 @@ from kimijax.parallel.device import Local, add, floats_of, zeros_like
 
 def ring_forward(at: Local, q, kv, up) -> Partial:
     """N - 1 sends, each begun before the attention to what is here."""
-    width = jax.eval_shape(at.source.project, kv, up).value.shape[-1]
+    width = at.source.width(kv, up)
 
     def use(acc, kv):
         return jax.lax.cond(

@@ -3,9 +3,9 @@
 import jax
 from jax.sharding import PartitionSpec as P
 
-from kernels_pallas.attention import Keys
+from kernels_pallas.attention import Keys, attention, attention_grads
+from kernels_pallas.latent import Latents, latent_attention, latent_attention_grads
 from kimijax.errors import UserError
-from kimijax.ops.attend import Latents, project
 from kimijax.parallel.axes import Axes
 from kimijax.parallel.device import Source
 
@@ -37,5 +37,18 @@ def _head_specs(axes: Axes, kv: Keys, up):
     return spec._replace(rope=None if kv.rope is None else spec.rope), up
 
 
-LATENTS = Source(project, _latents_of, _latent_specs)
-HEADS = Source(lambda kv, up: kv, _heads_of, _head_specs)
+def _attend_heads(q, kv: Keys, up: tuple[()], **how):
+    return attention(q, kv, **how)
+
+
+def _heads_grads(q, kv: Keys, up: tuple[()], *row, **how):
+    return *attention_grads(q, kv, *row, **how), ()
+
+
+LATENTS = Source(
+    latent_attention, latent_attention_grads, lambda kv, up: up[1].shape[-1], _latents_of,
+    _latent_specs,
+)
+HEADS = Source(
+    _attend_heads, _heads_grads, lambda kv, up: kv.value.shape[-1], _heads_of, _head_specs
+)
