@@ -88,11 +88,15 @@ def across(x, scale: float, blocks: Blocks):
     return pad(jnp.moveaxis(x, 1, 3), blocks.q, 3)
 
 
-def whereabouts(q, kv, blocks: Blocks) -> tuple[jax.Array, jax.Array]:
-    """Positions, segments and `since` of queries, b 3 t, and the first two of keys, b 2 s."""
+def queries_at(q, blocks: Blocks) -> jax.Array:
+    """Positions, segments and `since` of queries, b 3 t."""
     of_q = [pad(q.pos, blocks.q, 1), pad(q.seg, blocks.q, 1, -1), pad(q.since, blocks.q, 1)]
-    of_k = [pad(kv.pos, blocks.k, 1, FAR), pad(kv.seg, blocks.k, 1, -1)]
-    return jnp.stack(of_q, 1), jnp.stack(of_k, 1)
+    return jnp.stack(of_q, 1)
+
+
+def keys_at(kv, blocks: Blocks) -> jax.Array:
+    """Positions and segments of keys, b 2 s."""
+    return jnp.stack([pad(kv.pos, blocks.k, 1, FAR), pad(kv.seg, blocks.k, 1, -1)], 1)
 
 
 class Scalars(NamedTuple):

@@ -25,14 +25,17 @@ from kernels_pallas.attention.tile import (
     SUB,
     Blocks,
     Scalars,
+    blocks_for,
     by_pieces,
     columns,
     decide,
     dot,
     pad,
+    queries_at,
     scores,
     visible,
 )
+from kernels_pallas.attention.tpu import asked_of
 from kernels_pallas.partial import MASKED
 
 NONE = -1  # no block is being written
@@ -175,8 +178,30 @@ def visit(
         transfer.end(i, mine, sums)
 
 
-def queries_of(q_refs, q_where, lse, d_out, delta, dtype, blocks: Blocks) -> Query:
-    """Arrays of a call; q_refs and q_where are those of the forward."""
+class Asked(NamedTuple):
+    """What does not change from one set of keys to the next."""
+
+    query: Query  # arrays of all blocks
+    tokens: int
+    scale: float
+
+
+def ask(q, lse, d_out, delta, *, scale: float, block_q: int) -> Asked:
+    """`Backward.ask`, by the size of a block."""
+    blocks = blocks_for(q.pos.shape[1], 1, block_q, SUB, q.nope.dtype)  # of queries alone
+    refs = asked_of(q, scale, blocks)
+    query = _queries(refs, queries_at(q, blocks), lse, d_out, delta, q.nope.dtype, blocks)
+    return Asked(query, q.pos.shape[1], scale)
+
+
+def nothing(asked: Asked) -> jax.Array:
+    """dQ^T b h n+p t, empty."""
+    b, h, n, t = asked.query.across[0].shape
+    rope = asked.query.across[1]
+    return jnp.zeros((b, h, n + (0 if rope is None else rope.shape[2]), t), jnp.float32)
+
+
+def _queries(q_refs, q_where, lse, d_out, delta, dtype, blocks: Blocks) -> Query:
     row = lambda x: pad(jnp.moveaxis(x, 1, 2), blocks.q, 2)[:, :, None]  # noqa: E731
     turn = lambda x: x.swapaxes(2, 3)  # noqa: E731
     d_across = pad(jnp.moveaxis(d_out.astype(dtype), 1, 3), blocks.q, 3)
@@ -199,9 +224,10 @@ def query_specs(q: Query, blocks: Blocks, spec: Callable) -> Query:
     )
 
 
-def of_queries(d_query, n: int, t: int, scale: float) -> tuple[jax.Array, jax.Array | None]:
+def of_queries(asked: Asked, d_query) -> tuple[jax.Array, jax.Array | None]:
     """dQ^T b h n+p t' -> its two parts b t h n and b t h p (None without)."""
-    d_query = jnp.moveaxis(d_query, 3, 1)[:, :t] * scale
+    n = asked.query.across[0].shape[2]
+    d_query = jnp.moveaxis(d_query, 3, 1)[:, : asked.tokens] * asked.scale
     return d_query[..., :n], d_query[..., n:] if d_query.shape[-1] > n else None
 
 

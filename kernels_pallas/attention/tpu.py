@@ -28,11 +28,12 @@ from kernels_pallas.attention.tile import (
     blocks_for,
     by_pieces,
     decide,
+    keys_at,
     nth,
     pad,
+    queries_at,
     scalars,
     up,
-    whereabouts,
 )
 from kernels_pallas.partial import Partial
 
@@ -49,24 +50,27 @@ class Inputs(NamedTuple):
     k_where: jax.Array  # b 2 s: pos, seg
 
 
-def inputs(q, kv, scale: float, blocks: Blocks) -> Inputs:
-    """Queries and keys in the layout of the kernels."""
+def asked_of(q, scale: float, blocks: Blocks) -> tuple:
+    """Queries in the layout of the kernels."""
+    rope = None if q.rope is None else across(q.rope, scale, blocks)
+    return across(q.nope, scale, blocks), rope
+
+
+def keys_of(kv, blocks: Blocks) -> tuple:
+    """(key, value) in the layout of the kernels."""
     down = lambda x: pad(jnp.moveaxis(x, 1, 2), blocks.k, 2)  # noqa: E731
-    q_where, k_where = whereabouts(q, kv, blocks)
-    ropes = (None, None)
-    if q.rope is not None:
-        ropes = across(q.rope, scale, blocks), pad(kv.rope, blocks.k, 1)
-    return Inputs(
-        (across(q.nope, scale, blocks), ropes[0]), q_where,
-        (down(kv.key), ropes[1]), down(kv.value), k_where,
-    )
+    rope = None if kv.rope is None else pad(kv.rope, blocks.k, 1)
+    return (down(kv.key), rope), down(kv.value)
 
 
 def forward(q, kv, *, scale: float, interpret: bool = False) -> Partial:
     """The op's TPU form. See the package docstring for the contract."""
     (b, t, h, _), s = q.nope.shape, kv.pos.shape[1]
     blocks = blocks_for(t, s, BLOCK_Q, BLOCK_K, kv.key.dtype)
-    x = inputs(q, kv, scale, blocks)
+    key, value = keys_of(kv, blocks)
+    x = Inputs(
+        asked_of(q, scale, blocks), queries_at(q, blocks), key, value, keys_at(kv, blocks)
+    )
     known = scalars(x.q_where, x.k_where, blocks)
     v, length, width = x.value.shape[-1], x.q_where.shape[-1], len(Scalars._fields)
     in_specs, out_specs = _specs(x, blocks)

@@ -6,46 +6,68 @@ VMEM, bfloat16, 192/128, 512 queries x 1024 keys: dK and dV 1.5 MiB as sums and 
 3 x 0.4, queries and cotangents in both orders 2 x 0.9, keys and values 2 x 0.8: 9 MiB.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from kernels_pallas.attention.tile import LOG2E, VMEM, Blocks, Scalars, blocks_for, nth, scalars
+from kernels_pallas.attention.tile import (
+    LOG2E,
+    VMEM,
+    Blocks,
+    Scalars,
+    blocks_for,
+    keys_at,
+    nth,
+    scalars,
+)
 from kernels_pallas.attention.tile_bwd import (
     NONE,
+    Asked,
     Key,
     Query,
     Sums,
     Transfer,
+    ask,
+    nothing,
     of_queries,
-    queries_of,
     query_scratch,
     query_specs,
     visit,
 )
-from kernels_pallas.attention.tpu import inputs
+from kernels_pallas.attention.tpu import keys_of
+from kernels_pallas.attention.vjp import Backward
 
 BLOCK_Q, BLOCK_K = 512, 1024
 
 
-def grads(q, kv, lse, d_out, delta, *, scale: float, interpret: bool = False):
-    """`attention_grads` of the package as a TPU kernel. See there for the contract."""
-    (b, t, h, n), (s, g) = q.nope.shape, kv.key.shape[1:3]
+def add(asked: Asked, d_query, kv, *, interpret: bool = False):
+    """`Backward.add`: (dQ^T, gradients of the keys)."""
+    b, h, _, t = asked.query.across[0].shape
+    s, g = kv.key.shape[1:3]
     blocks = blocks_for(t, s, BLOCK_Q, BLOCK_K, kv.key.dtype)
-    x = inputs(q, kv, scale, blocks)
-    known = scalars(x.q_where, x.k_where, blocks, by_keys=True)
-    of_q = queries_of(x.q, x.q_where, lse, d_out, delta, kv.value.dtype, blocks)
-    of_k = Key(x.key, x.value, x.k_where)
-    d_query, d_key, d_rope, d_value = _call(of_q, of_k, known, blocks, interpret)
+    key, value = keys_of(kv, blocks)
+    of_k = Key(key, value, keys_at(kv, blocks))
+    known = scalars(asked.query.where, of_k.where, blocks, by_keys=True)
+    d_query, d_key, d_rope, d_value = _call(asked.query, of_k, d_query, known, blocks, interpret)
     of_heads = lambda x: jnp.moveaxis(  # noqa: E731
         x.reshape(b, g, h // g, *x.shape[2:]).sum(2), 1, 2
     )[:, :s]
-    d_kv = kv._replace(
+    return d_query, kv._replace(
         key=of_heads(d_key) / LOG2E, value=of_heads(d_value), pos=None, seg=None,
         rope=None if d_rope is None else d_rope.sum(1)[:, :s] / LOG2E,
     )
-    return of_queries(d_query, n, t, scale), d_kv
+
+
+def backward(interpret: bool = False) -> Backward:
+    """Of the package's contract."""
+    return Backward(
+        lambda *args, scale: ask(*args, scale=scale, block_q=BLOCK_Q), nothing,
+        functools.partial(add, interpret=interpret),
+        lambda asked, d_query: (of_queries(asked, d_query),),
+    )
 
 
 def _kernel(known: Scalars, q: Query, k: Key, d_q, outs, scratch, *, blocks: Blocks, queries: int):
@@ -71,7 +93,7 @@ def _kernel(known: Scalars, q: Query, k: Key, d_q, outs, scratch, *, blocks: Blo
             out[...] = x[...]
 
 
-def _call(q: Query, k: Key, known: Scalars, blocks: Blocks, interpret: bool):
+def _call(q: Query, k: Key, d_query, known: Scalars, blocks: Blocks, interpret: bool):
     """dQ^T b h n+p t, and of every head of queries d_key, d_rope (or None), d_value b h s ..."""
     (b, h, n, t), (g, s, v) = q.across[0].shape, k.value.shape[1:]
     p = 0 if q.across[1] is None else q.across[1].shape[2]
@@ -122,4 +144,4 @@ def _call(q: Query, k: Key, known: Scalars, blocks: Blocks, interpret: bool):
         interpret=interpret,
         name="attention_grads",
     )
-    return call(*known, q, k, jnp.zeros((b, h, n + p, t), jnp.float32))
+    return call(*known, q, k, d_query)

@@ -1,10 +1,61 @@
-"""The frame that makes a forward and a backward of attention one differentiable function."""
+"""The frames that a forward and a backward of attention stand in.
+
+`differentiable` makes one function of them. A ring has many sets of keys for the same queries:
+`Backward` prepares those once and adds up in place what the sets share.
+"""
 
 import functools
 from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+
+
+class Backward(NamedTuple):
+    """Gradients of attention to one set of keys after another, of the same queries.
+
+    ask     (q, lse, d_out, delta, scale=) -> asked          what does not change from set to set
+    start   (asked, *weights) -> sums                        of what sets share: nothing yet
+    add     (asked, sums, kv, *weights) -> sums, d_kv        one set; sums may be changed in place
+    finish  (asked, sums) -> (d_nope, d_rope), *d_weights    float32
+    """
+
+    ask: Callable[..., Any]
+    start: Callable[..., Any]
+    add: Callable[..., tuple[Any, Any]]
+    finish: Callable[[Any, Any], tuple]
+
+
+def summed(grads: Callable) -> Backward:
+    """From the gradients of one set: grads(q, kv, *weights, lse, d_out, delta, scale=)."""
+
+    def ask(q, *row, scale):
+        return q, row, scale
+
+    def start(asked, *weights):
+        like = lambda x: jnp.zeros(x.shape, jnp.float32)  # noqa: E731
+        return jax.tree.map(like, ((asked[0].nope, asked[0].rope), *weights))
+
+    def add(asked, sums, kv, *weights):
+        q, row, scale = asked
+        d_q, d_kv, *d_weights = grads(q, kv, *weights, *row, scale=scale)
+        return jax.tree.map(jnp.add, sums, (d_q, *d_weights)), d_kv
+
+    return Backward(ask, start, add, lambda asked, sums: sums)
+
+
+def at_once(backward: Backward) -> Callable:
+    """The other way about: the gradients of one set."""
+
+    def grads(q, kv, *rest, scale):
+        *weights, lse, d_out, delta = rest
+        asked = backward.ask(q, lse, d_out, delta, scale=scale)
+        sums, d_kv = backward.add(asked, backward.start(asked, *weights), kv, *weights)
+        d_q, *d_weights = backward.finish(asked, sums)
+        return d_q, d_kv, *d_weights
+
+    return grads
 
 
 def differentiable(forward: Callable, grads: Callable) -> Callable:

@@ -10,21 +10,22 @@ from typing import NamedTuple
 import jax
 
 from kernels_pallas.attention import Queries
-from kernels_pallas.attention.vjp import differentiable
+from kernels_pallas.attention.vjp import at_once, differentiable, summed
 from kernels_pallas.latent import ref, tpu, tpu_bwd, xla
 from kernels_pallas.partial import Partial
 
 # b batch, t query, s key, h head, r latent, n key dim, p rotary dim, v value dim
-GRADS = {
-    "ref": ref.grads,
-    "xla": xla.grads,
-    "pallas": tpu_bwd.grads,
-    "pallas_interpret": functools.partial(tpu_bwd.grads, interpret=True),
+BACKWARD = {
+    "ref": summed(ref.grads),
+    "xla": summed(xla.grads),
+    "pallas": tpu_bwd.backward(),
+    "pallas_interpret": tpu_bwd.backward(interpret=True),
 }
+GRADS = {name: at_once(backward) for name, backward in BACKWARD.items()}
 IMPLS = {
     "ref": ref.forward,
-    "xla": differentiable(xla.forward, xla.grads),
-    "pallas": differentiable(tpu.forward, tpu_bwd.grads),
+    "xla": differentiable(xla.forward, GRADS["xla"]),
+    "pallas": differentiable(tpu.forward, GRADS["pallas"]),
     "pallas_interpret": differentiable(
         functools.partial(tpu.forward, interpret=True), GRADS["pallas_interpret"]
     ),

@@ -24,17 +24,18 @@ from kernels_pallas.attention.tile import (
     Scalars,
     Sides,
     State,
-    across,
     attend,
     blocks_for,
     by_pieces,
     decide,
     dot,
+    keys_at,
     nth,
     pad,
+    queries_at,
     scalars,
-    whereabouts,
 )
+from kernels_pallas.attention.tpu import asked_of
 from kernels_pallas.partial import Partial
 
 BLOCK_Q, BLOCK_K = 2048, 512
@@ -51,13 +52,11 @@ class Inputs(NamedTuple):
     up: tuple  # h r n and h r v
 
 
-def inputs(q, kv, up, scale: float, blocks: Blocks) -> Inputs:
-    """Queries, latents and weights in the layout of the kernels."""
-    q_where, k_where = whereabouts(q, kv, blocks)
-    rope = None if q.rope is None else across(q.rope, scale, blocks)
+def keys_of(kv, up, blocks: Blocks) -> Inputs:
+    """Latents and weights in the layout of the kernels; queries are left out."""
     return Inputs(
-        (across(q.nope, scale, blocks), rope), q_where, pad(kv.latent, blocks.k, 1),
-        None if rope is None else pad(kv.k_rope, blocks.k, 1), k_where,
+        None, None, pad(kv.latent, blocks.k, 1),
+        None if kv.k_rope is None else pad(kv.k_rope, blocks.k, 1), keys_at(kv, blocks),
         tuple(jnp.moveaxis(w.astype(kv.latent.dtype), 1, 0) for w in up),
     )
 
@@ -72,7 +71,9 @@ def forward(q, kv, up, *, scale: float, interpret: bool = False) -> Partial:
     """The op's TPU form. See the package docstring for the contract."""
     (b, t, h, _), s = q.nope.shape, kv.pos.shape[1]
     blocks = blocks_for(t, s, BLOCK_Q, BLOCK_K, kv.latent.dtype)
-    x = inputs(q, kv, up, scale, blocks)
+    x = keys_of(kv, up, blocks)._replace(
+        q=asked_of(q, scale, blocks), q_where=queries_at(q, blocks)
+    )
     known = scalars(x.q_where, x.k_where, blocks)
     (n, v), length, width = (w.shape[2] for w in x.up), x.q_where.shape[-1], len(Scalars._fields)
     in_specs, out_specs = _specs(x, blocks)

@@ -13,6 +13,7 @@ sum and 4 as output, dK and dV 1.5, made keys 0.5, latents 2 x 1.3, weights 2 x 
 gradients 1, dQ^T 3 x 0.4, queries and cotangents in both orders 2 x 0.9: 16 MiB.
 """
 
+import functools
 from typing import NamedTuple
 
 import jax
@@ -32,17 +33,20 @@ from kernels_pallas.attention.tile import (
 )
 from kernels_pallas.attention.tile_bwd import (
     NONE,
+    Asked,
     Key,
     Query,
     Sums,
     Transfer,
+    ask,
+    nothing,
     of_queries,
-    queries_of,
     query_scratch,
     query_specs,
     visit,
 )
-from kernels_pallas.latent.tpu import Inputs, inputs, make
+from kernels_pallas.attention.vjp import Backward
+from kernels_pallas.latent.tpu import Inputs, keys_of, make
 
 BLOCK_Q, BLOCK_K = 512, 1024
 
@@ -66,20 +70,34 @@ class Scratch(NamedTuple):
     copied: jax.Array  # a semaphore
 
 
-def grads(q, kv, up, lse, d_out, delta, *, scale: float, interpret: bool = False):
-    """`latent_attention_grads` of the package as a TPU kernel. See there for the contract."""
-    (t, _, n), s = q.nope.shape[1:], kv.pos.shape[1]
-    blocks = blocks_for(t, s, BLOCK_Q, BLOCK_K, kv.latent.dtype)
-    x = inputs(q, kv, up, scale, blocks)
-    known = scalars(x.q_where, x.k_where, blocks, by_keys=True)
-    of_q = queries_of(x.q, x.q_where, lse, d_out, delta, kv.latent.dtype, blocks)
-    out = _call(of_q, x._replace(q=None, q_where=None), known, blocks, interpret)
-    d_kv = kv._replace(
-        latent=out.latent.sum(0)[:, :s], pos=None, seg=None,
-        k_rope=None if out.rope is None else out.rope.sum(0)[:, :s] / LOG2E,
+def start(asked: Asked, up) -> tuple:
+    """`Backward.start`: dQ^T, and gradients of the weights h r n and h r v."""
+    return nothing(asked), tuple(jnp.zeros((w.shape[1], w.shape[0], w.shape[2])) for w in up)
+
+
+def add(asked: Asked, sums: tuple, kv, up, *, interpret: bool = False):
+    """`Backward.add`: (sums, gradients of the latents)."""
+    s = kv.pos.shape[1]
+    blocks = blocks_for(asked.query.where.shape[2], s, BLOCK_Q, BLOCK_K, kv.latent.dtype)
+    x = keys_of(kv, up, blocks)
+    known = scalars(asked.query.where, x.k_where, blocks, by_keys=True)
+    out = _call(asked.query, x, sums, known, blocks, interpret)
+    rope = None if out.rope is None else out.rope.sum(0)[:, :s] / LOG2E
+    d_kv = kv._replace(latent=out.latent.sum(0)[:, :s], k_rope=rope, pos=None, seg=None)
+    return (out.query, out.up), d_kv
+
+
+def finish(asked: Asked, sums: tuple) -> tuple:
+    """`Backward.finish`."""
+    return of_queries(asked, sums[0]), tuple(jnp.moveaxis(w, 0, 1) for w in sums[1])
+
+
+def backward(interpret: bool = False) -> Backward:
+    """Of the package's contract."""
+    return Backward(
+        lambda *args, scale: ask(*args, scale=scale, block_q=BLOCK_Q), start,
+        functools.partial(add, interpret=interpret), finish,
     )
-    d_up = tuple(jnp.moveaxis(w, 0, 1) for w in out.up)
-    return of_queries(out.query, n, t, scale), d_kv, d_up
 
 
 def _kernel(
@@ -136,7 +154,9 @@ def _pull(x: Inputs, sums: Sums, scratch: Scratch, d_up: tuple) -> None:
         after.wait()
 
 
-def _call(q: Query, x: Inputs, known: Scalars, blocks: Blocks, interpret: bool) -> Grown:
+def _call(
+    q: Query, x: Inputs, sums: tuple, known: Scalars, blocks: Blocks, interpret: bool
+) -> Grown:
     (b, h, n, t), (s, r), v = q.across[0].shape, x.latent.shape[1:], x.up[1].shape[2]
     p = 0 if x.rope is None else x.rope.shape[2]
     halves = 1 if h % 2 else 2
@@ -146,7 +166,6 @@ def _call(q: Query, x: Inputs, known: Scalars, blocks: Blocks, interpret: bool) 
         f32(b, h, n + p, t), (f32(h, r, n), f32(h, r, v)), f32(halves, b, s, r),
         f32(halves, b, s, p) if p else None,
     )
-    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), (shapes.query, shapes.up))
 
     def kernel(*refs):
         known, (of_q, of_x, _, *refs) = Scalars(*refs[:width]), refs[width:]
@@ -178,7 +197,7 @@ def _call(q: Query, x: Inputs, known: Scalars, blocks: Blocks, interpret: bool) 
         ),
         interpret=interpret,
         name="latent_attention_grads",
-    )(*known, q, x, zeros)
+    )(*known, q, x, sums)
     return Grown(*out)
 
 

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from kernels_pallas.attention import Queries
+from kernels_pallas.attention.vjp import Backward, at_once
 from kernels_pallas.partial import Partial
 from kimijax.parallel.axes import Axes
 
@@ -14,15 +15,15 @@ from kimijax.parallel.axes import Axes
 class Source(NamedTuple):
     """What travels, and how to attend to it; kv is a NamedTuple with pos and seg, up are weights.
 
-    attend  (q, kv, up, scale=, impl=) -> Partial
-    grads   (q, kv, up, lse, d_out, delta, scale=, impl=) -> (of nope and rope), of kv, of up
-    width   (kv, up) -> numbers of a value
-    mine    (kv, up, first, count) -> the same of `count` heads from `first`, of `heads` in all
-    specs   (axes, kv, up) -> PartitionSpecs of kv and of up
+    attend    (q, kv, up, scale=, impl=) -> Partial
+    backward  of an impl: the Backward for sets kv with weights up
+    width     (kv, up) -> numbers of a value
+    mine      (kv, up, first, count) -> the same of `count` heads from `first`, of `heads` in all
+    specs     (axes, kv, up) -> PartitionSpecs of kv and of up
     """
 
     attend: Callable[..., Partial]
-    grads: Callable[..., tuple]
+    backward: Callable[[str], Backward]
     width: Callable[[Any, Any], int]
     mine: Callable[[Any, Any, jax.Array, int, int], tuple[Any, Any]]
     specs: Callable[[Axes, Any, Any], tuple[Any, Any]]
@@ -49,7 +50,8 @@ class Local(NamedTuple):
 
     def grads_of(self, kv, up, q: Queries, lse, d_out, delta):
         """(d_q nope and rope, d_kv floats, d_up), float32, of the keys that lie here."""
-        return self.source.grads(q, kv, up, lse, d_out, delta, scale=self.scale, impl=self.impl)
+        grads = at_once(self.source.backward(self.impl))
+        return grads(q, kv, up, lse, d_out, delta, scale=self.scale)
 
 
 def floats_of(kv):

@@ -32,33 +32,32 @@ def ring_backward(at: Local, q, kv, up, lse, d_out, delta):
     The gradient that comes in belongs to the visitor that is here: its send and that of the next
     visitor both overlap with the work on this one, which adds to it only afterwards.
     """
-    none = zeros_like(floats_of(kv))
+    none, of = zeros_like(floats_of(kv)), at.source.backward(at.impl)
+    asked = of.ask(q, lse, d_out, delta, scale=at.scale)
 
-    def use(kv, d_q, d_kv, d_up):
-        def work():
-            own_q, own_kv, own_up = at.grads_of(kv, up, q, lse, d_out, delta)
-            return add(d_q, own_q), own_kv, add(d_up, own_up)
-
-        d_q, own, d_up = jax.lax.cond(overlap(q, kv), work, lambda: (d_q, none, d_up))
-        return d_q, add(d_kv, own), d_up
+    def use(kv, sums, d_kv):
+        work = lambda: of.add(asked, sums, kv, up)  # noqa: E731
+        sums, own = jax.lax.cond(overlap(q, kv), work, lambda: (sums, none))
+        return sums, add(d_kv, own)
 
     def hop(carry, _):
-        kv, d_q, d_kv, d_up = carry
+        kv, sums, d_kv = carry
         coming = send(at, kv)
-        return in_turn((coming, *use(kv, d_q, d_kv, d_up))), None
+        return in_turn((coming, *use(kv, sums, d_kv))), None
 
     def lagged(carry, x):
-        kv, d_q, d_kv, d_up = carry
-        return hop((kv, d_q, send(at, d_kv), d_up), x)
+        kv, sums, d_kv = carry
+        return hop((kv, sums, send(at, d_kv)), x)
 
-    start = (kv, zeros_like((q.nope, q.rope)), none, zeros_like(up))
+    start = (kv, of.start(asked, up), none)
     if at.axes.ways > 1:
         start, _ = hop(start, None)
     carry, _ = jax.lax.scan(lagged, start, length=max(at.axes.ways - 2, 0), unroll=_unroll(at))
-    kv, d_q, d_kv, d_up = carry
+    kv, sums, d_kv = carry
     if at.axes.ways > 1:
         d_kv = send(at, d_kv)
-    d_q, d_kv, d_up = use(kv, d_q, d_kv, d_up)
+    sums, d_kv = use(kv, sums, d_kv)
+    d_q, d_up = of.finish(asked, sums)
     return d_q, send(at, d_kv), d_up
 
 

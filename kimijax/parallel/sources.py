@@ -3,8 +3,10 @@
 import jax
 from jax.sharding import PartitionSpec as P
 
-from kernels_pallas.attention import Keys, attention, attention_grads
-from kernels_pallas.latent import Latents, latent_attention, latent_attention_grads
+from kernels_pallas.attention import BACKWARD, Keys, attention
+from kernels_pallas.attention.vjp import Backward
+from kernels_pallas.latent import BACKWARD as OF_LATENTS
+from kernels_pallas.latent import Latents, latent_attention
 from kimijax.errors import UserError
 from kimijax.parallel.axes import Axes
 from kimijax.parallel.device import Source
@@ -41,14 +43,20 @@ def _attend_heads(q, kv: Keys, up: tuple[()], **how):
     return attention(q, kv, **how)
 
 
-def _heads_grads(q, kv: Keys, up: tuple[()], *row, **how):
-    return *attention_grads(q, kv, *row, **how), ()
+def _heads_backward(impl: str) -> Backward:
+    """Nothing is projected: there are no weights, and none have gradients."""
+    of = BACKWARD[impl]
+    return Backward(
+        of.ask, lambda asked, up: of.start(asked),
+        lambda asked, sums, kv, up: of.add(asked, sums, kv),
+        lambda asked, sums: (*of.finish(asked, sums), ()),
+    )
 
 
 LATENTS = Source(
-    latent_attention, latent_attention_grads, lambda kv, up: up[1].shape[-1], _latents_of,
+    latent_attention, OF_LATENTS.__getitem__, lambda kv, up: up[1].shape[-1], _latents_of,
     _latent_specs,
 )
 HEADS = Source(
-    _attend_heads, _heads_grads, lambda kv, up: kv.value.shape[-1], _heads_of, _head_specs
+    _attend_heads, _heads_backward, lambda kv, up: kv.value.shape[-1], _heads_of, _head_specs
 )

@@ -9,6 +9,7 @@ import pytest
 from jax.experimental.pallas import tpu as pltpu
 
 from kernels_pallas.attention import tile
+from kernels_pallas.attention.vjp import at_once
 from kernels_pallas.latent import (
     Latents,
     latent_attention,
@@ -92,7 +93,7 @@ def test_transfers_of_the_backward_have_no_race(rng, small_blocks, execution):
     d_out = jnp.asarray(rng.normal(size=p.out.shape), jnp.float32)
     rest = (q, kv, up, p.lse, d_out, jnp.sum(p.out * d_out, -1))
     params = pltpu.InterpretParams(detect_races=True, dma_execution_mode=execution)
-    got = jax.jit(functools.partial(tpu_bwd.grads, scale=0.3, interpret=params))(*rest)
+    got = jax.jit(functools.partial(at_once(tpu_bwd.backward(params)), scale=0.3))(*rest)
     assert_close(got, ref.grads(*rest, scale=0.3))
     assert not simulator.races.races_found
 
