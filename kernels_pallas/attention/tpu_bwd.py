@@ -66,7 +66,7 @@ def backward(interpret: bool = False) -> Backward:
     return Backward(
         lambda *args, scale: ask(*args, scale=scale, block_q=BLOCK_Q), nothing,
         functools.partial(add, interpret=interpret),
-        lambda asked, d_query: (of_queries(asked, d_query),),
+        lambda asked, d_query: (of_queries(asked, d_query),), skips=True,
     )
 
 

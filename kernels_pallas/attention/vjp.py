@@ -19,12 +19,14 @@ class Backward(NamedTuple):
     start   (asked, *weights) -> sums                        of what sets share: nothing yet
     add     (asked, sums, kv, *weights) -> sums, d_kv        one set; sums may be changed in place
     finish  (asked, sums) -> (d_nope, d_rope), *d_weights    float32
+    skips   a set of which no query sees a key costs next to nothing: no need to ask before
     """
 
     ask: Callable[..., Any]
     start: Callable[..., Any]
     add: Callable[..., tuple[Any, Any]]
     finish: Callable[[Any, Any], tuple]
+    skips: bool
 
 
 def summed(grads: Callable) -> Backward:
@@ -42,7 +44,7 @@ def summed(grads: Callable) -> Backward:
         d_q, d_kv, *d_weights = grads(q, kv, *weights, *row, scale=scale)
         return jax.tree.map(jnp.add, sums, (d_q, *d_weights)), d_kv
 
-    return Backward(ask, start, add, lambda asked, sums: sums)
+    return Backward(ask, start, add, lambda asked, sums: sums, skips=False)
 
 
 def at_once(backward: Backward) -> Callable:

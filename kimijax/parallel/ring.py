@@ -37,7 +37,12 @@ def ring_backward(at: Local, q, kv, up, lse, d_out, delta):
 
     def use(kv, sums, d_kv):
         work = lambda: of.add(asked, sums, kv, up)  # noqa: E731
-        sums, own = jax.lax.cond(overlap(q, kv), work, lambda: (sums, none))
+        if of.skips:
+            # TPUs: or the gradient that comes in is waited for before the work that hides it.
+            sums, own = work()
+            d_kv, own = in_turn((d_kv, own))
+        else:
+            sums, own = jax.lax.cond(overlap(q, kv), work, lambda: (sums, none))
         return sums, add(d_kv, own)
 
     def hop(carry, _):
@@ -69,7 +74,7 @@ def send(at: Local, tree):
 
 
 def in_turn(carry):
-    """What a hop leaves, all of it before the next begins.
+    """All of what a hop leaves, before the next begins.
 
     Sends depend on sends alone: the compiler of TPUs would do those of several hops in a row, and
     attend to what they brought when there is nothing left to hide them.

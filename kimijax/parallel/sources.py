@@ -49,7 +49,7 @@ def _heads_backward(impl: str) -> Backward:
     return Backward(
         of.ask, lambda asked, up: of.start(asked),
         lambda asked, sums, kv, up: of.add(asked, sums, kv),
-        lambda asked, sums: (*of.finish(asked, sums), ()),
+        lambda asked, sums: (*of.finish(asked, sums), ()), of.skips,
     )
 
 
