@@ -30,7 +30,7 @@ TURN = 4  # strikes between two looks at whether there are more
 
 def top_blocks(q, keys, layer, block_pos, block_seg, before, seg, k, interpret: bool = False):
     """The op's TPU form. See the package docstring for the contract."""
-    (b, m, i), (l, _, c, g, _) = q.shape, keys.shape
+    (b, m, i), (c, g) = q.shape, keys.shape[2:4]
     tile, rows = min(TILE, up(c, SUB)), up(k, 8)
     queries = pad(q.swapaxes(1, 2), LANE, 2)
     of_q = jnp.stack([pad(before - 1, LANE, 1), pad(seg, LANE, 1, -1)], 1)
@@ -76,7 +76,7 @@ def top_blocks(q, keys, layer, block_pos, block_seg, before, seg, k, interpret: 
         name="top_blocks",
     )(
         jnp.reshape(layer, 1), first.reshape(-1), count.reshape(-1), queries, of_q,
-        keys.reshape(l, b, c * g, i), of_k,
+        keys.reshape(-1, b, c * g, i), of_k,
     )
     back = lambda x: x[:, :k, :m].swapaxes(1, 2)  # noqa: E731
     return back(best), back(ids)

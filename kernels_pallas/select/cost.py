@@ -66,7 +66,7 @@ def rows(chip: str) -> list[dict]:
 
 def main(argv: list[str]) -> int:
     """Print the table. 1: it does not compile; 2: wrong names."""
-    print(f"{'chip':5} {'case':24} {'impl':7} {'cycles':>8} {'us':>7} {'MiB':>6} {'us':>7} {'of dense':>8}")
+    print("chip  case                     impl      cycles      us    MiB      us of dense")
     try:
         for chip in choose(argv, aot.CHIPS, "chip"):
             found = rows(chip)

@@ -28,21 +28,34 @@ from jax.experimental.pallas import tpu as pltpu
 
 from kernels_pallas.attention.tile import LOG2E, VMEM, dot
 from kernels_pallas.partial import MASKED
-from kernels_pallas.select.tpu import Chunks, by_chunk, flat, lists, scratch, sizes, specs
+from kernels_pallas.select.tpu import (
+    Chunks,
+    Sizes,
+    by_chunk,
+    flat,
+    lists,
+    scratch,
+    sizes,
+    specs,
+)
 
 
 class Rows(NamedTuple):
-    """References to the rows of a step."""
+    """References to the rows of a step, or all of a call."""
 
     query: jax.Array  # rows r
-    d_out: jax.Array  # rows r   of the dtype of the store
+    d_out: jax.Array  # rows r   float32; of the dtype of the store where it is multiplied
     lse: jax.Array  # 1 rows   base 2; a large number for rows that saw nothing
     delta: jax.Array  # 1 rows
-    d_query: jax.Array  # r rows   the sum
 
 
-def add_chunk(x: Rows, chunk, d_chunk, lanes: int, keys: tuple, scale: float) -> None:
-    """Add what all rows and keys, (first, count), of a chunk give to one another; one schedule."""
+def add_chunk(
+    x: Rows, chunk, d_rows, d_chunk, lanes: int, keys: tuple, scale: float
+) -> None:
+    """Add what all rows and keys, (first, count), of a chunk give to one another; one schedule.
+
+    d_rows r rows and d_chunk keys r are the sums.
+    """
     keys = pl.ds(*keys)
     key = chunk[keys]
     groups = [pl.ds(at, lanes) for at in range(0, x.query.shape[0], lanes)]
@@ -51,7 +64,7 @@ def add_chunk(x: Rows, chunk, d_chunk, lanes: int, keys: tuple, scale: float) ->
         return dot(key, x.query[at], (1, 1)) * (scale * LOG2E), dot(key, x.d_out[at], (1, 1))
 
     def spend(at, p, d_s):
-        x.d_query[:, at] += dot(key, d_s, (0, 0))
+        d_rows[:, at] += dot(key, d_s, (0, 0))
         d_chunk[keys] += dot(p, x.d_out[at], (1, 0)) + dot(d_s, x.query[at], (1, 0))
 
     made, waiting = products(groups[0]), None
@@ -118,22 +131,36 @@ def grads(q, blocks, layer, ids, lse, d_out, delta, *, scale: float, interpret: 
     d_out  b m t h r   its cotangent
     delta  b m t h     sum(out * d_out) - d_lse
     """
-    (b, m, t, h, r), (c, j), k = q.shape, blocks.shape[2:4], ids.shape[-1]
-    size, table = sizes(q, blocks, ids), lists(ids)
-    spec, length = specs(size, k, r), size.rows * size.pieces
-    keys = size.unroll * j
-    f32 = functools.partial(pltpu.VMEM, dtype=jnp.float32)
+    size, rows = sizes(q, blocks, ids), q.shape[2] * q.shape[3]
+    across = lambda x: flat(x, size)[:, :, None]  # noqa: E731
+    of_rows = Rows(
+        flat(q, size), flat(d_out, size),
+        across(jnp.where(jnp.isneginf(lse), -MASKED, lse * LOG2E)), across(delta),
+    )
+    d_q, d_store = _call(of_rows, blocks, layer, lists(ids), size, scale, interpret)
+    total = sum(d_store[n] for n in range(size.parts))  # slices: one fusion with what follows
+    mine = jnp.arange(blocks.shape[0])[:, None, None, None, None] == layer
+    d_blocks = jnp.where(mine, total, 0.0).astype(blocks.dtype)
+    return d_q[:, :, :rows].reshape(q.shape), d_blocks
 
-    def kernel(layer, mine, following, q, d_out, lse, delta, store, _, d_q, d_store, *refs):
-        (d_cast, d_rows, sums, before, reading, writing), way = refs[:6], refs[6:]
+
+def _call(x: Rows, blocks, layer, table, size: Sizes, scale: float, interpret):
+    """dQ b m rows r, and dC of each part, float32: parts b c j r."""
+    (b, c, j, r), k = blocks.shape[1:], table.shape[-1] - 1
+    spec, anywhere = specs(size, k, r), pl.BlockSpec(memory_space=pl.ANY)
+    f32 = functools.partial(pltpu.VMEM, dtype=jnp.float32)
+    d_store = jax.ShapeDtypeStruct((size.parts, b, c, j, r), jnp.float32)
+
+    def kernel(layer, mine, following, rows, store, _, d_q, d_store, *refs):
+        (d_out, d_rows, sums, before, reading, writing), way = refs[:6], refs[6:]
         row, part = pl.program_id(0), pl.program_id(1)
-        d_cast[...] = d_out[...].astype(d_cast.dtype)
+        d_out[...] = rows.d_out[...].astype(d_out.dtype)
         d_rows[...] = jnp.zeros_like(d_rows)
-        x = Rows(q, d_cast, lse, delta, d_rows)
+        x = rows._replace(d_out=d_out)
 
         def add(chunk, d_chunk, left):
             by_chunk(chunk, left, j, lambda at, keys: add_chunk(
-                x, chunk, d_chunk, size.lanes, (at, keys), scale
+                x, chunk, d_rows, d_chunk, size.lanes, (at, keys), scale
             ))
 
         _step(
@@ -146,38 +173,29 @@ def grads(q, blocks, layer, ids, lse, d_out, delta, *, scale: float, interpret: 
             at = pl.ds(pl.multiple_of(at, size.lanes), size.lanes)
             d_q[at] = d_rows[:, at].T.astype(d_q.dtype)
 
-    anywhere = pl.BlockSpec(memory_space=pl.ANY)
-    across = lambda x: flat(x, size)[:, :, None]  # noqa: E731
-    d_store = jax.ShapeDtypeStruct((size.parts, b, c, j, r), jnp.float32)
-    d_q, d_store = pl.pallas_call(
+    return pl.pallas_call(
         kernel,
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=1,
             grid=(b, size.parts, size.tiles * size.pieces),
             in_specs=[
-                spec.mine, spec.following, spec.rows, spec.rows, spec.lanes, spec.lanes,
+                spec.mine, spec.following, Rows(spec.rows, spec.rows, spec.lanes, spec.lanes),
                 anywhere, anywhere,
             ],
             out_specs=[spec.rows, anywhere],
             scratch_shapes=[
-                pltpu.VMEM((size.rows, r), blocks.dtype), f32((r, size.rows)), f32((2, keys, r)),
-                f32((keys, r)), pltpu.SemaphoreType.DMA, pltpu.SemaphoreType.DMA,
-                *scratch(size, blocks),
+                pltpu.VMEM((size.rows, r), blocks.dtype), f32((r, size.rows)),
+                f32((2, size.unroll * j, r)), f32((size.unroll * j, r)),
+                pltpu.SemaphoreType.DMA, pltpu.SemaphoreType.DMA, *scratch(size, blocks),
             ],
         ),
-        out_shape=[jax.ShapeDtypeStruct((b, m, length, r), q.dtype), d_store],
-        input_output_aliases={8: 1},
+        out_shape=[jax.ShapeDtypeStruct(x.query.shape, x.query.dtype), d_store],
+        input_output_aliases={4 + len(x): 1},
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "parallel", "arbitrary"), vmem_limit_bytes=VMEM
         ),
         interpret=interpret,
         name="select_grads",
     )(
-        jnp.reshape(layer, 1), table, table, flat(q, size), flat(d_out, size),
-        across(jnp.where(jnp.isneginf(lse), -MASKED, lse * LOG2E)), across(delta), blocks,
-        jnp.zeros(d_store.shape, d_store.dtype),
+        jnp.reshape(layer, 1), table, table, x, blocks, jnp.zeros(d_store.shape, d_store.dtype)
     )
-    mine = jnp.arange(blocks.shape[0])[:, None, None, None, None] == layer
-    total = sum(d_store[n] for n in range(size.parts))  # slices: one fusion with what follows
-    d_blocks = jnp.where(mine, total, 0.0).astype(blocks.dtype)
-    return d_q[:, :, : t * h].reshape(q.shape), d_blocks
