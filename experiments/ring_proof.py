@@ -10,7 +10,7 @@ Programs are compiled at the heads of Kimi K2 and read, not run: bytes for 8 vir
 the rest for TPU v5p by libtpu (the extra [aot]), which needs no TPU. No time is measured.
 
 At 2,048 tokens a chip the gradient of the last hop but one is sent after the last attention, where
-nothing hides it: the exit code is 1. At 8,192 all are hidden. Rings between the two were not compiled.
+nothing hides it: the exit code is 1. At 8,192 all are hidden. Rings of other sizes: not compiled.
 """
 
 import argparse

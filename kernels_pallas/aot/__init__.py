@@ -15,6 +15,7 @@ import importlib.util
 import os
 import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import NamedTuple
 
 import jax
@@ -126,8 +127,10 @@ def _placement(chip: str) -> jax.sharding.Sharding:
     return jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
 
 
-def compile_for(chip: str, f: Callable, *args) -> jax.stages.Compiled:
+def compile_for(chip: str, f: Callable, *args, dump: str | None = None) -> jax.stages.Compiled:
     """`f` of abstract arguments (trees of ShapeDtypeStruct), compiled for one chip.
+
+    dump  a folder for what XLA says of the program, such as `program_text` reads
 
     CompileError: libtpu is missing, or the compiler refuses. What `f` raises passes through.
     """
@@ -135,7 +138,7 @@ def compile_for(chip: str, f: Callable, *args) -> jax.stages.Compiled:
     args = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), args)
     lowered = jax.jit(f).lower(*args)
     try:
-        return lowered.compile()
+        return lowered.compile(compiler_options=dump and {"xla_dump_to": dump})
     except Exception as error:  # libtpu raises several kinds
         raise CompileError(reason(str(error))) from error
 
@@ -168,12 +171,20 @@ _CALL = re.compile(r'%([\w.\-]+) = .*custom_call_target="tpu_custom_call"')
 _SCOPE = re.compile(r'"used_scoped_memory_configs":\[\{"memory_space":"1",[^]]*?"size":"(\d+)"')
 
 
-def kernels(compiled: jax.stages.Compiled) -> dict[str, int]:
+def program_text(dump: str) -> str:
+    """The final HLO of a program compiled into a folder.
+
+    `compiled.as_text()` parses it once more, and stumbles over some of libtpu's own instructions.
+    """
+    paths = list(Path(dump).glob("*.after_codegen.txt"))
+    return max((path.read_text() for path in paths), key=len)
+
+
+def kernels(text: str) -> dict[str, int]:
     """VMEM bytes of the Pallas kernels of a program, by name; 0 where the compiler names none.
 
     Blocks, their second buffers and scratch; not operands that XLA itself has put into VMEM.
     """
-    text = compiled.as_text()
     calls = list(_CALL.finditer(text))
     ends = [c.start() for c in calls] + [len(text)]  # a call may take many lines
     found = {}

@@ -127,8 +127,10 @@ def measure(case: aot.Case, chip: str, dumps: str | None) -> dict:
     are. CompileError: it does not compile, or has no such kernel.
     """
     f, args = case.make()
-    vmem = {k: v for k, v in aot.kernels(aot.compile_for(chip, f, *args)).items()
-            if case.kernel in k}
+    with tempfile.TemporaryDirectory(prefix="kernels_aot_hlo_") as folder:
+        aot.compile_for(chip, f, *args, dump=folder)
+        found = aot.kernels(aot.program_text(folder))
+    vmem = {k: v for k, v in found.items() if case.kernel in k}
     if not vmem:
         raise aot.CompileError(f"the program has no Pallas kernel named {case.kernel!r}")
     if dumps is None:

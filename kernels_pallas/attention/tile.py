@@ -220,13 +220,21 @@ class State(NamedTuple):
         self.top[...] = jnp.full_like(self.top, MASKED)
         self.total[...] = jnp.zeros_like(self.total)
 
+    def partial(self, at=slice(None)) -> Partial:
+        """What some of the queries have seen: v q, 1 q, 1 q."""
+        top = self.top[:, at]
+        seen = top > MASKED / 2
+        total = jnp.where(seen, self.total[:, at], 1.0)
+        return Partial(
+            jnp.where(seen, self.acc[:, at] / total, 0.0),
+            jnp.where(seen, (top + jnp.log2(total)) / LOG2E, -jnp.inf),
+            jnp.where(seen, top / LOG2E, -jnp.inf),
+        )
+
     def write(self, out: Partial) -> None:
         """The Partial of all that was seen."""
-        seen = self.top[...] > MASKED / 2
-        total = jnp.where(seen, self.total[...], 1.0)
-        out.out[...] = jnp.where(seen, self.acc[...] / total, 0.0)
-        out.lse[...] = jnp.where(seen, (self.top[...] + jnp.log2(total)) / LOG2E, -jnp.inf)
-        out.max_logit[...] = jnp.where(seen, self.top[...] / LOG2E, -jnp.inf)
+        for ref, x in zip(out, self.partial(), strict=True):
+            ref[...] = x
 
 
 class Sides(NamedTuple):

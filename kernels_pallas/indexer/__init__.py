@@ -4,12 +4,19 @@ A block has g summary keys; its score is the largest dot product with the index 
 are the blocks of the query's segment that end before its local region. Ties go to the lower block.
 """
 
+import functools
+
 import jax
 
-from kernels_pallas.indexer import ref, xla
+from kernels_pallas.indexer import ref, tpu, xla
 
 # b batch, m query, i index dim, l layer, c block, g summary key of a block, k choice
-IMPLS = {"ref": ref.top_blocks, "xla": xla.top_blocks}
+IMPLS = {
+    "ref": ref.top_blocks,
+    "xla": xla.top_blocks,
+    "pallas": tpu.top_blocks,
+    "pallas_interpret": functools.partial(tpu.top_blocks, interpret=True),
+}
 
 
 def top_blocks(
@@ -33,8 +40,9 @@ def top_blocks(
     before     b m          int32; a candidate's first position is below it
     seg        b m          int32; a candidate is of this segment, -1 has none
 
-    Where there are fewer candidates than k, the score is -inf and the id -1. No gradient: what
-    trains the indexer is a loss of its own.
+    Where there are fewer candidates than k, the score is -inf and the id -1. `impl`: "ref", "xla",
+    "pallas" (a TPU) or "pallas_interpret" (the same kernel, interpreted on any device). No
+    gradient: what trains the indexer is a loss of its own.
     """
     if impl not in IMPLS:
         raise ValueError(f"top_blocks: unknown {impl=}, there are {sorted(IMPLS)}")

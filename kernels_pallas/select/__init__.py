@@ -5,14 +5,25 @@ MLA: the latent is key and value. The choice lies wholly in the past of every qu
 (the indexer sees to that), so a chosen block is visible whole and no position is compared here.
 """
 
+import functools
+
 import jax
 
 from kernels_pallas.partial import Partial
-from kernels_pallas.select import ref, xla
+from kernels_pallas.select import ref, tpu, tpu_bwd, xla
+from kernels_pallas.select.vjp import differentiable
 
 # b batch, m tile of queries, t query of a tile, h head, r latent, l layer, c block of the store,
 # j token of a block, k choice
-IMPLS = {"ref": ref.select, "xla": xla.select}
+IMPLS = {
+    "ref": ref.select,
+    "xla": xla.select,
+    "pallas": differentiable(tpu.forward, tpu_bwd.grads),
+    "pallas_interpret": differentiable(
+        functools.partial(tpu.forward, interpret=True),
+        functools.partial(tpu_bwd.grads, interpret=True),
+    ),
+}
 
 
 def select(
@@ -24,7 +35,9 @@ def select(
     blocks  l b c j r   the stacked store; `layer` (int32 scalar) names the slice, never copied
     ids     b m k       int32 blocks, distinct within a tile; -1 chooses nothing
 
-    Differentiable in q and blocks. ValueError for an unknown impl or shapes that do not fit.
+    `impl`: "ref", "xla", "pallas" (a TPU) or "pallas_interpret" (the same kernels, interpreted on
+    any device). Differentiable in q and blocks, through out and lse. ValueError for an unknown impl
+    or shapes that do not fit.
     """
     if impl not in IMPLS:
         raise ValueError(f"select: unknown {impl=}, there are {sorted(IMPLS)}")
