@@ -47,16 +47,17 @@ class Kernel(NamedTuple):
     def blocks(self, needed: float | None = None) -> list[Region]:
         """The regions that do the matrix products themselves, that of least vector work first.
 
-        Those that have, outside of regions within them, the products of `needed` busy MXU cycles
-        and less than as many again (padding, what is done twice); where needed is None, at least
-        half as many as the region that has most. So a grid's loop is none if its products stand
+        Those that have, outside of regions within them, as few products as the needed busy MXU
+        cycles allow (more are padding, or done twice), and those that have hardly more; where
+        needed is None, at least half as many as the region that has most. So a grid's loop is none if its products stand
         behind a branch. Where a kernel has no products, the largest loop, or all of it. Masks are
         vector work, so what masks comes last; length does not tell: a masked block of tokamax's is
         a cycle shorter than the other.
         """
         most = max(r.own for r in self.regions)
         if needed is not None:
-            found = [r for r in self.regions if needed <= r.own < 2 * needed]
+            least = min((r.own for r in self.regions if r.own >= needed), default=0)
+            found = [r for r in self.regions if least <= r.own < 1.5 * least]
         elif most:
             found = [r for r in self.regions if 2 * r.own >= most]
         else:
