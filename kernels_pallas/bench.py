@@ -105,12 +105,12 @@ def choose(names: list[str], known: Iterable[str], what: str) -> list[str]:
 
 def time_line(row: dict) -> str:
     """A row of `timed`."""
-    return "{op:10} {case:28} {impl:5} {ms:9.3f} {gflops:9.1f} {of_peak:8.2f}".format(**row)
+    return "{op:13} {case:28} {impl:5} {ms:9.3f} {gflops:9.1f} {of_peak:8.2f}".format(**row)
 
 
 def cycle_line(row: dict) -> str:
     """A row of `compiled`."""
-    name = "{op:10} {case:28} {impl:14} {dims:8}".format(**row)
+    name = "{op:13} {case:28} {impl:14} {dims:8}".format(**row)
     if "error" in row:
         return f"{name} FAILED {row['error']}"
     useful = "" if row["useful_mxu"] is None else f"{row['useful_mxu']:.3f}"
@@ -121,8 +121,8 @@ def cycle_line(row: dict) -> str:
 
 
 HEADS = {
-    time_line: f"{'op':10} {'case':28} {'impl':5} {'ms':>9} {'GFLOP/s':>9} {'of peak':>8}",
-    cycle_line: f"{'op':10} {'case':28} {'impl':14} {'dims':8} {'cycles':>7} {'of 512':>7} "
+    time_line: f"{'op':13} {'case':28} {'impl':5} {'ms':>9} {'GFLOP/s':>9} {'of peak':>8}",
+    cycle_line: f"{'op':13} {'case':28} {'impl':14} {'dims':8} {'cycles':>7} {'of 512':>7} "
                 f"{'MXU':>5} {'useful':>6} {'spill/fill':>11} {'VMEM MiB':>8} {'bundles':>8}",
 }
 

@@ -79,9 +79,9 @@ class Case(NamedTuple):
     tags: frozenset[str] = frozenset()  # of "ci", "bench", "k2"
     dims: str = ""  # as "192/128": of queries and keys / of values
     macs: int | None = None  # needed by a block: no padding, nothing twice
-    pairs: int = BLOCK_PAIRS  # of queries and keys in a block, to compare blocks of other sizes
     kernel: str = ""  # part of its name; "" is the kernel with the most work for the MXU
     block: int = 0
+    pairs: int = BLOCK_PAIRS  # of queries and keys in a block, to compare blocks of other sizes
 
 
 class CompileError(RuntimeError):

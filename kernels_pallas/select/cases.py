@@ -72,7 +72,7 @@ def _compiled(make, dims: dict, rows: int, keys: int, tags: str, gradient: bool 
     r, products = dims["r"], 5 if gradient else 2
     return Case(
         functools.partial(make, **dims, gradient=gradient), frozenset(tags.split()), f"{r}/{r}",
-        rows * keys * r * products, "grads" if gradient else "",
+        rows * keys * r * products, "grads" if gradient else "", pairs=rows * keys,
     )
 
 

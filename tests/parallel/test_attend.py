@@ -76,6 +76,16 @@ def test_forward_and_every_gradient(mesh, strategy, source):
     assert_close(_value_and_grads(call, source), _want(source))
 
 
+@pytest.mark.parametrize("mesh, strategy, source", [
+    ({"seq": 4}, "ring", LATENTS), ({"seq": 2}, "ring", HEADS),
+    ({"seq": 2, "expert": 2}, "hybrid", LATENTS),
+], ids=["latents", "keys", "hybrid"])
+def test_kernels_of_a_tpu_give_the_same(mesh, strategy, source):
+    """Interpreted; a ring hands gradients of queries and weights from hop to hop to be added to."""
+    call = sharded(Axes(make_mesh(mesh)), strategy, source, "pallas_interpret", SCALE)
+    assert_close(_value_and_grads(call, source), _want(source))
+
+
 @pytest.mark.parametrize("mesh, strategy, heads, said", [
     ({"seq": 4, "expert": 2}, "hybrid", 7, "7 heads are no multiple of 2 for hybrid on seq x"),
     ({"seq": 4, "tensor": 2}, "hybrid:4", 12, "12 heads are no multiple of 8 for hybrid:4"),
