@@ -49,10 +49,10 @@ class Kernel(NamedTuple):
 
         Those that have, outside of regions within them, as few products as the needed busy MXU
         cycles allow (more are padding, or done twice), and those that have hardly more; where
-        needed is None, at least half as many as the region that has most. So a grid's loop is none if its products stand
-        behind a branch. Where a kernel has no products, the largest loop, or all of it. Masks are
-        vector work, so what masks comes last; length does not tell: a masked block of tokamax's is
-        a cycle shorter than the other.
+        needed is None, at least half as many as the region that has most. So a grid's loop is none
+        if its products stand behind a branch. Where a kernel has no products, the largest loop, or
+        all of it. Masks are vector work, so what masks comes last; length does not tell: a masked
+        block of tokamax's is a cycle shorter than the other.
         """
         most = max(r.own for r in self.regions)
         if needed is not None:
