@@ -20,7 +20,7 @@ No unit is full: products wait for one another, and heads of a step do not overl
 heads a step take 2340 on v5p. Not in it: XLA turns what goes in and what comes out in HBM.
 
 VMEM, bfloat16, 4 heads: q, k, v 3 x 64 KiB, g 128, out 128, states in and out 2 x 256, all twice:
-1.9 MiB of the 2.6 that the compiler takes. Gradient, 2 heads: 1.5 MiB of 8.9, the rest is spilled.
+1.9 MiB of the 2.6 that the compiler takes. Gradient, 2 heads: blocks are 1.5 MiB of 8.9.
 """
 
 import functools
