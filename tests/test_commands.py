@@ -62,6 +62,17 @@ def test_kernels_of_a_tpu_interpreted_give_the_same(kimijax, answers, tmp_path):
     np.testing.assert_array_equal(np.load(tmp_path / "tokens.npy")[:, -4:], want)
 
 
+def test_kernels_of_the_delta_rule_interpreted_give_the_same(kimijax, tmp_path):
+    linear = GOLDENS / "kimi_linear_tiny"
+    with np.load(linear / "io.npz") as held:
+        ids, want = held["input_ids"][:1], held["logits"][:1]
+    np.save(tmp_path / "in.npy", ids)
+    code, _, errors = kimijax("logits", "--checkpoint", linear, "--impl", "pallas_interpret",
+                              "--tokens", tmp_path / "in.npy", "--out", tmp_path / "out.npy")
+    assert code == 0, errors
+    assert np.abs(np.load(tmp_path / "out.npy") - want).max() < ABSOLUTE
+
+
 def test_bfloat16_logits_are_near(kimijax, answers, tmp_path):
     np.save(tmp_path / "in.npy", answers["input_ids"][:1])
     code, _, errors = kimijax("logits", "--checkpoint", K2, "--tokens", tmp_path / "in.npy",

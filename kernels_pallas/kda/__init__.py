@@ -10,12 +10,19 @@ are told apart by where they start. A token with g = 0 and beta = 0 leaves the s
 (padding).
 """
 
+import functools
+
 import jax
 
-from kernels_pallas.kda import ref, xla
+from kernels_pallas.kda import ref, tpu, xla
 
 # b batch, t token, h head, k key dim, v value dim
-IMPLS = {"ref": ref.kda, "xla": xla.kda}
+IMPLS = {
+    "ref": ref.kda,
+    "xla": xla.kda,
+    "pallas": tpu.kda,
+    "pallas_interpret": functools.partial(tpu.kda, interpret=True),
+}
 
 
 def kda(
@@ -38,7 +45,9 @@ def kda(
     state   b h k v   float32, before the first token
     start   b t       bool, the token begins another document: the state is zero before it
 
-    Differentiable in all float inputs. ValueError for an unknown impl or shapes that do not fit.
+    `impl`: "ref", "xla", "pallas" (a TPU) or "pallas_interpret" (the same kernels, interpreted on
+    any device). Differentiable in all float inputs. ValueError for an unknown impl or shapes that
+    do not fit.
     """
     if impl not in IMPLS:
         raise ValueError(f"kda: unknown {impl=}, there are {sorted(IMPLS)}")

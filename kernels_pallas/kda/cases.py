@@ -2,8 +2,10 @@
 
 import functools
 
+import jax
 import jax.numpy as jnp
 
+from kernels_pallas.aot import Case
 from kernels_pallas.kda import kda
 
 
@@ -27,4 +29,35 @@ CASES = {
     "2048 tokens, 8 heads of 64": functools.partial(_case, b=1, t=2048, h=8, k=64, v=64),
     "2048 tokens, 32 heads of 128": functools.partial(_case, b=1, t=2048, h=32, k=128, v=128),
     "one token, 32 heads of 128": functools.partial(_case, b=1, t=1, h=32, k=128, v=128),
+}
+
+
+def _abstract(*, h, k, v, t=65536, dtype=jnp.bfloat16, gradient=False):
+    like = lambda *shape, dtype=jnp.float32: jax.ShapeDtypeStruct(shape, dtype)  # noqa: E731
+    args = (
+        like(1, t, h, k, dtype=dtype), like(1, t, h, k, dtype=dtype), like(1, t, h, v, dtype=dtype),
+        like(1, t, h, k), like(1, t, h), like(1, h, k, v), like(1, t, dtype=bool),
+    )
+    call = functools.partial(kda, impl="pallas")
+
+    def total(*args):
+        out, state = call(*args)
+        return out.sum() + state.sum()
+
+    return (jax.grad(total, tuple(range(6))) if gradient else call), args
+
+
+def _compiled(dims: dict, tags: str, gradient: bool = False) -> Case:
+    """The block is a step of the grid. A unit 256 wide is so badly filled that no macs find it."""
+    return Case(
+        functools.partial(_abstract, **dims, gradient=gradient), frozenset(tags.split()),
+        f"{dims['k']}/{dims['v']}", kernel="kda_grads" if gradient else "kda",
+    )
+
+
+KIMI_LINEAR = {"h": 32, "k": 128, "v": 128}
+AOT = {
+    ("32 heads of 128", "pallas"): _compiled(KIMI_LINEAR, "ci bench k2"),
+    ("32 heads of 128 gradients", "pallas"): _compiled(KIMI_LINEAR, "ci bench k2", True),
+    ("8 heads of 64", "pallas"): _compiled({"h": 8, "k": 64, "v": 64}, ""),
 }

@@ -1,24 +1,20 @@
 """The callables that a model is handed: attention in the form and implementation of a plan."""
 
 import functools
-import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from kernels_pallas.attention import Keys, Queries, attention
-from kernels_pallas.indexer import IMPLS as INDEXERS
 from kernels_pallas.indexer import top_blocks
-from kernels_pallas.kda import IMPLS as KDAS
 from kernels_pallas.kda import kda
 from kernels_pallas.latent import IMPLS as FORMS
 from kernels_pallas.latent import Latents, latent_attention
 from kernels_pallas.partial import Partial
-from kernels_pallas.select import IMPLS as SELECTS
 from kernels_pallas.select import select
 from kimijax.cache import ROWS, Cache, Rows
 from kimijax.errors import UserError
@@ -88,29 +84,11 @@ def tiled(q: Queries, kv: Keys, *, scale: float) -> Partial:
 EXPERTS = {"tiled": tiled_experts, "ragged": ragged_experts}
 
 
-class Impls(NamedTuple):
-    """The implementation of each op."""
-
-    attend: str
-    select: str
-    indexer: str
-    kda: str
-
-
-@functools.cache
-def impls_of(name: str) -> Impls:
-    """Of every op the implementation of that name. UserError: there is none.
-
-    An op without a kernel for a TPU yet runs its xla form there, which is said once.
-    """
+def known_impl(name: str) -> str:
+    """The name, of which every op has an implementation. UserError: there is none."""
     if name not in FORMS:
         raise UserError(f"impl {name!r:.40}: there are {', '.join(FORMS)}")
-    ops = {"select": SELECTS, "indexer": INDEXERS, "kda": KDAS}
-    chosen = {op: name if name in known else "xla" for op, known in ops.items()}
-    if missing := [op for op, impl in chosen.items() if impl != name]:
-        log = logging.getLogger(__name__)
-        log.info("no %s form of %s yet: xla runs instead", name, ", ".join(missing))
-    return Impls(name, **chosen)
+    return name
 
 
 @dataclass(frozen=True)
@@ -148,15 +126,15 @@ def local(impl: str = "xla", exact: bool = False, experts: str = "tiled") -> Ops
     impl     of the ops: "ref", "xla", "pallas" (a TPU) or "pallas_interpret" (the same, slowly)
     experts  "tiled" (any device) or "ragged" (a TPU)
     """
-    impls = impls_of(impl)
+    impl = known_impl(impl)
     return Ops(
-        attend=partial(attend, impl=impls.attend),
-        recall=partial(attend, impl=impls.attend),
+        attend=partial(attend, impl=impl),
+        recall=partial(attend, impl=impl),
         tiled=tiled,
-        select=partial(select, impl=impls.select),
-        top_blocks=partial(top_blocks, impl=impls.indexer),
-        delta=partial(delta_runs, impl=impls.kda),
-        kda=partial(kda, impl=impls.kda),
+        select=partial(select, impl=impl),
+        top_blocks=partial(top_blocks, impl=impl),
+        delta=partial(delta_runs, impl=impl),
+        kda=partial(kda, impl=impl),
         experts=EXPERTS[experts],
         exact=exact,
     )

@@ -26,7 +26,7 @@ from kimijax.cache import FAR, LARGE, Cache, lead_slots, run_length
 from kimijax.config import ModelConfig
 from kimijax.errors import UserError
 from kimijax.model import Model, abstract_params
-from kimijax.ops.attend import EXPERTS, Ops, impls_of, local, tiled
+from kimijax.ops.attend import EXPERTS, Ops, known_impl, local, tiled
 from kimijax.ops.delta import delta_runs
 from kimijax.parallel import blocks, experts, rules
 from kimijax.parallel.attend import STRATEGIES, check, known, sharded
@@ -137,7 +137,7 @@ class Arranged:
 @functools.lru_cache(maxsize=32)
 def _ops(plan: Plan) -> Ops:
     axes, on_tpu = plan.axes, plan.mesh.devices.flat[0].platform == "tpu"
-    impls = impls_of(plan.impl or ("pallas" if on_tpu else "xla"))
+    impl = known_impl(plan.impl or ("pallas" if on_tpu else "xla"))
     compute = EXPERTS[plan.experts or ("ragged" if on_tpu else "tiled")]
 
     def attend(q, kv, up, *, scale):
@@ -148,7 +148,7 @@ def _ops(plan: Plan) -> Ops:
             strategy = _cheapest(plan, _work(plan, q, kv, up))
         check(axes, strategy, q.nope.shape[2], q.nope.shape[1])
         source = HEADS if isinstance(kv, Keys) else LATENTS
-        return sharded(axes, strategy, source, impls.attend, scale)(q, kv, up)
+        return sharded(axes, strategy, source, impl, scale)(q, kv, up)
 
     def spread(x):
         where = NamedSharding(plan.mesh, P(*axes.place(x.shape[:2])))
@@ -160,12 +160,12 @@ def _ops(plan: Plan) -> Ops:
 
     return Ops(
         attend=attend,
-        recall=partial(recall, axes, impls.attend),
+        recall=partial(recall, axes, impl),
         tiled=lambda *args, scale: _apart(axes, partial(tiled, scale=scale))(*args),
-        select=partial(blocks.select, axes, impls.select),
-        top_blocks=partial(blocks.top_blocks, axes, impls.indexer),
-        delta=_apart(axes, partial(delta_runs, impl=impls.kda)),
-        kda=_apart(axes, partial(kda, impl=impls.kda), dealt=False),
+        select=partial(blocks.select, axes, impl),
+        top_blocks=partial(blocks.top_blocks, axes, impl),
+        delta=_apart(axes, partial(delta_runs, impl=impl)),
+        kda=_apart(axes, partial(kda, impl=impl), dealt=False),
         experts=partial(experts.experts, axes, compute, plan.exchange),
         rows=dealt_rows(axes),
         exact=plan.exact,
