@@ -63,10 +63,11 @@ BLOCK_PAIRS = 512 * 512  # cycles are also given per so many pairs of a query an
 class Case(NamedTuple):
     """A function to compile, and what one inner block of its kernel has to compute.
 
-    The inner block is the branch or loop body that does the matrix products of one grid step, found
-    by `macs` (see `schedule.Kernel.blocks`). Where a kernel has several, as one with and one
-    without a mask, `block` picks by their vector work: 0 the least, -1 the most. Of a loop
-    within a grid step one turn is the block, as the schedule shows it: macs are those of the turn.
+    The inner block is the branch or loop body that does the matrix products of one grid step (see
+    `schedule.Kernel.blocks`). Where a kernel has several, as a whole block without a mask and a
+    piece of one with it, `largest` picks by products, and then `block` by vector work: 0 the least,
+    -1 the most. Of a loop within a grid step one turn is the block, as the schedule shows it: macs
+    are those of the turn.
 
         def _make():
             q, kv = ...  # ShapeDtypeStructs
@@ -81,6 +82,7 @@ class Case(NamedTuple):
     macs: int | None = None  # needed by a block: no padding, nothing twice
     kernel: str = ""  # part of its name; "" is the kernel with the most work for the MXU
     block: int = 0
+    largest: bool = True
     pairs: int = BLOCK_PAIRS  # of queries and keys in a block, to compare blocks of other sizes
 
 

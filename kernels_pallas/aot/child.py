@@ -140,7 +140,7 @@ def measure(case: aot.Case, chip: str, dumps: str | None) -> dict:
         raise aot.CompileError(f"libtpu left no schedule of {sorted(vmem)}")
     kernel = max(found.values(), key=lambda k: max(r.own for r in k.regions))
     busy = case.macs and case.macs / aot.CHIPS[chip].macs
-    if not (blocks := kernel.blocks(busy)):
+    if not (blocks := kernel.blocks(busy or 0, case.largest)):
         found = sorted({r.own for r in kernel.regions if r.own})
         raise aot.CompileError(f"{kernel.name}: {case.macs=} keep an MXU busy for {busy:.0f} cycles"
                                f", its blocks do for {found}: none is the block of these MACs")

@@ -44,22 +44,22 @@ class Kernel(NamedTuple):
     units: dict[str, int]
     regions: tuple[Region, ...]
 
-    def blocks(self, needed: float | None = None) -> list[Region]:
+    def blocks(self, needed: float = 0, largest: bool = True) -> list[Region]:
         """The regions that do the matrix products themselves, that of least vector work first.
 
-        Those that have, outside of regions within them, as few products as the needed busy MXU
-        cycles allow (more are padding, or done twice), and those that have hardly more; where
-        needed is None, at least half as many as the region that has most. So a grid's loop is none
-        if its products stand behind a branch. Where a kernel has no products, the largest loop, or
-        all of it. Masks are vector work, so what masks comes last; length does not tell: a masked
-        block of tokamax's is a cycle shorter than the other.
+        Those that have, outside of regions within them, at least two thirds of the products of the
+        one that has most; not `largest`: up to half as many again as the one that has fewest. They
+        keep an MXU busy for `needed` cycles at least. So a grid's loop is none if its products
+        stand behind a branch. Where a kernel has no products, the largest loop, or all of it.
+        Masks are vector work, so what masks comes last; length does not tell: a masked block of
+        tokamax's is a cycle shorter than the other.
         """
-        most = max(r.own for r in self.regions)
-        if needed is not None:
-            least = min((r.own for r in self.regions if r.own >= needed), default=0)
-            found = [r for r in self.regions if least <= r.own < 1.5 * least]
-        elif most:
-            found = [r for r in self.regions if 2 * r.own >= most]
+        fit = [r for r in self.regions if r.own and r.own >= needed]
+        if fit:
+            end = (max if largest else min)(r.own for r in fit)
+            found = [r for r in fit if end <= 1.5 * r.own and r.own <= 1.5 * end]
+        elif needed:
+            found = []
         else:
             loops = [r for r in self.regions if r.kind == "loop"]
             found = [max(loops or self.regions, key=lambda r: r.cycles)]

@@ -76,10 +76,10 @@ def _aot(n, p, v) -> dict:
         ("", _forward, tpu.BLOCK_Q * tpu.BLOCK_K, n + p + v),
         (" gradients", _gradients, tpu_bwd.BLOCK_Q * tpu_bwd.BLOCK_K, 3 * (n + p) + 2 * v),
     ):
-        for part, pairs, block in (("", whole, 0), (" masked", piece, -1)):
+        for part, pairs in (("", whole), (" masked", piece)):
             found[f"{dims}{what}{part}", "pallas"] = Case(
                 functools.partial(make, **shape), tags, dims, pairs * products, pairs=pairs,
-                block=block,
+                largest=pairs > piece,
             )
     return found
 
