@@ -7,7 +7,6 @@ on a frozen one (kimijax.fork).
 """
 
 import math
-from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -22,6 +21,7 @@ from kimijax.config import (
     ModelConfig,
     WindowConfig,
 )
+from kimijax.rows import PAGE, PAIRED, ROWS, Rows, write
 
 FAR = jnp.iinfo(jnp.int32).max
 LEAST_STRIPE = 64  # slots that lie together where a row is dealt over devices
@@ -102,25 +102,6 @@ class Cache:
         return x[row, self.index(start[:, None] + jnp.arange(length))]
 
 
-class Rows(NamedTuple):
-    """How token rows of a large stacked state l b s ... are read and written."""
-
-    read: Callable[[jax.Array, jax.Array, jax.Array], jax.Array]  # (stack, layer, at b n) -> b n ..
-    write: Callable[[jax.Array, jax.Array, jax.Array, jax.Array], jax.Array]  # (.., at, x) -> stack
-
-
-def _read(stack: jax.Array, layer: jax.Array, at: jax.Array) -> jax.Array:
-    return stack[layer, jnp.arange(at.shape[0])[:, None], at]
-
-
-def _write(stack: jax.Array, layer: jax.Array, at: jax.Array, x: jax.Array) -> jax.Array:
-    row = jnp.arange(at.shape[0])[:, None]
-    return stack.at[layer, row, at].set(x.astype(stack.dtype), mode="drop")
-
-
-ROWS = Rows(_read, _write)  # of a state that lies on one device
-
-
 class Memory(NamedTuple):
     """What one layer sees of a cache: its own state, stacked over the repeats of its group."""
 
@@ -143,9 +124,9 @@ class Memory(NamedTuple):
     def window(self, name: str, start: jax.Array, length: int) -> jax.Array:
         """Token rows [start, start + length) of a large state of this layer: b length ..."""
         stack = self.state[name]
-        if self.cache.ways > 1:
+        if self.cache.ways > 1 or name in PAIRED:
             at = self.cache.index(start[:, None] + jnp.arange(length))
-            return self.rows.read(stack, self.repeat, at)
+            return self.rows.read(name, stack, self.repeat, at)
 
         def row(b, at):
             starts = (self.repeat, b, at, *(0,) * (stack.ndim - 3))
@@ -159,7 +140,7 @@ class Memory(NamedTuple):
         Small states (positions, segments) lie on every device, large ones where `rows` has them.
         """
         state = {
-            n: (self.rows.write if n in LARGE else _write)(self.state[n], self.repeat, at, x)
+            n: (self.rows.write if n in LARGE else write)(n, self.state[n], self.repeat, at, x)
             for n, x in new.items()
         }
         return self._replace(state=self.state | state)
@@ -214,7 +195,7 @@ def empty_cache(
     run = run_length(cfg)
     stripe = -(-LEAST_STRIPE // run) * run
     lead = -(-lead_slots(cfg) // run) * run
-    unit = run if ways == 1 else stripe * ways
+    unit = math.lcm(PAGE, run if ways == 1 else stripe) * ways
     # The last run is never filled: `fork` copies a whole one.
     size = -(-(lead + capacity + run) // unit) * unit
     return Cache(
@@ -246,7 +227,7 @@ def _state(width: int, layer: LayerConfig, repeat: int, rows: int, size: int, dt
         case WindowConfig(kv_heads=g, head_dim=k, window=w):
             state |= {"key": zeros(w, g, k), "value": zeros(w, g, k)}
         case MLAConfig(kv_rank=r, rope_dim=p):
-            state |= {"latent": zeros(size, r)} | ({"k_rope": zeros(size, p)} if p else {})
+            state |= {"latent": zeros(size, r)} | ({"k_rope": zeros(size // 2, 2 * p)} if p else {})
         case KDAConfig(heads=h, head_dim=k, conv=taps):
             state |= {"delta": zeros(h, k, k, dtype=jnp.float32)}
             state |= {"past": zeros(taps - 1, 3, h, k)} if taps > 1 else {}

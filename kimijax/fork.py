@@ -7,8 +7,9 @@ its last tokens, so that looking back never leaves an array.
 import jax
 import jax.numpy as jnp
 
-from kimijax.cache import FAR, ROWS, Cache, Memory, Rows, empty_cache, run_length
+from kimijax.cache import FAR, Cache, Memory, empty_cache, run_length
 from kimijax.config import ModelConfig
+from kimijax.rows import ROWS, Rows
 
 TOKENS = ("latent", "k_rope", "head_keys", "head_values")  # states with numbers for every token
 BLOCKS = ("keys", "block_pos", "block_seg")

@@ -16,6 +16,7 @@ FLOORS = {
     "kimijax.presets": 1,
     "kimijax.cache": 2,
     "kimijax.fork": 2,
+    "kimijax.rows": 2,
     "kimijax.ops": 2,
     "kimijax.layers": 3,
     "kimijax.model": 4,

@@ -73,11 +73,12 @@ def test_a_fork_continues_the_document_and_leaves_it_alone(sizes, aligned, ids):
 def test_a_fork_of_a_full_cache_sees_its_end(ids):
     """The document may fill its cache to the last slot."""
     apply, cfg = apply_of("needle"), CONFIGS["needle"]()
-    _, full = _read("needle", ids, (64,) * 4, True)
-    assert full.capacity == T
-    roomy = empty_cache(cfg, 2, 2 * T)
-    for i in range(0, T, 64):
-        roomy = apply(ids[:, i : i + 64], cache=roomy, aligned=True).cache
+    ids = jnp.concatenate([ids, ids[:, :64]], 1)
+    full, roomy = (empty_cache(cfg, 2, n) for n in (ids.shape[1], 2 * ids.shape[1]))
+    assert full.capacity == ids.shape[1] < roomy.capacity
+    for i in range(0, ids.shape[1], 64):
+        piece = ids[:, i : i + 64]
+        full, roomy = (apply(piece, cache=c, aligned=True).cache for c in (full, roomy))
     token, fresh = ids[:, :1], jnp.ones((2, 1), bool)
     want, got = (
         apply(token, cache=fork(cfg, c, 128), fresh=fresh, aligned=False) for c in (roomy, full)

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 
 from kernels_pallas.attention import Queries
 from kernels_pallas.latent_decode import ref, tpu, xla
+from kernels_pallas.latent_decode.ref import unpair as unpair
 from kernels_pallas.partial import Partial
 
 # l layer, c page, j token of a page, r latent, p rotary dim, b row, n page of a row's table

@@ -4,6 +4,8 @@ Queries of all heads lie side by side in lanes, a page lies down: S^T = C Q^T an
 in attention/tile.py, C read once for both. Two rotary keys share a row of 128: a half of the lanes
 is blanked, and the query stands there twice.
 
+Of more queries than fit, each `ROWS` read all pages for themselves.
+
 Grid: part of the table, row, page of it. Pages that no query sees are sorted behind and not read,
 those that all see are not masked. Parts are for the cores of a chip: each gives a Partial of its
 own, and they are merged. int8 latents are widened as they are loaded.
@@ -43,6 +45,7 @@ from kernels_pallas.attention.tile import (
 from kernels_pallas.partial import Partial, merge
 
 PARTS = 2
+ROWS = 2048  # queries of all heads that lie side by side at most; more read the pages again
 
 
 class Known(NamedTuple):
@@ -68,6 +71,11 @@ class Inputs(NamedTuple):
 def decode(q, pages, layer, table, *, scale: float, interpret: bool = False) -> Partial:
     """The op's TPU form. See the package docstring for the contract."""
     (b, t, h), dtype = q.nope.shape[:3], q.nope.dtype
+    if t > (few := max(1, ROWS // h)):
+        parts = -(-t // few)
+        back = lambda x: x.reshape(b, parts * few, *x.shape[2:])[:, :t]  # noqa: E731
+        q, table = _apart(q, parts, few), jnp.repeat(table, parts, 0)
+        return jax.tree.map(back, decode(q, pages, layer, table, scale=scale, interpret=interpret))
     lanes = LANE if t * h <= LANE else LANES
 
     def across(x):  # b t h n -> b n rows
@@ -88,6 +96,15 @@ def decode(q, pages, layer, table, *, scale: float, interpret: bool = False) -> 
     back = lambda x: x[..., : t * h].swapaxes(2, 3).reshape(PARTS, b, t, h, -1)  # noqa: E731
     out = Partial(back(out.out), back(out.lse)[..., 0], back(out.max_logit)[..., 0])
     return functools.reduce(merge, (jax.tree.map(lambda x, i=i: x[i], out) for i in range(PARTS)))
+
+
+def _apart(q, parts: int, few: int):
+    """Queries as `parts` times the rows of `few` each, those that are missing seeing nothing."""
+    def cut(x, fill=0):
+        x = pad(x, few, 1, fill)
+        return x.reshape(-1, few, *x.shape[2:])
+
+    return jax.tree.map(cut, q)._replace(seg=cut(q.seg, -1))
 
 
 def _known(q, pages, layer, table) -> Known:

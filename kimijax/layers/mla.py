@@ -8,7 +8,7 @@ from kernels_pallas.partial import Partial, finish, merge
 from kimijax.cache import FAR, Memory, Tokens, place
 from kimijax.config import MLAConfig
 from kimijax.layers.base import Proj, RMSNorm, fan_in, matrix
-from kimijax.ops.attend import Latents, Ops
+from kimijax.ops.attend import Latents, Ops, Stored
 from kimijax.ops.rope import cos_sin, rotate
 
 
@@ -84,9 +84,8 @@ def attend_all(
     )
 
 
-def _stored(state, repeat, cache) -> Latents | Keys:
+def _stored(state, repeat, cache) -> Stored | Keys:
     if "head_keys" in state:
         key, value = state["head_keys"][repeat], state["head_values"][repeat]
         return Keys(key, value, None, cache.pos, cache.seg)
-    k_rope = state["k_rope"][repeat] if "k_rope" in state else None
-    return Latents(state["latent"][repeat], k_rope, cache.pos, cache.seg)
+    return Stored(state["latent"], state.get("k_rope"), repeat, cache.pos, cache.seg)

@@ -4,7 +4,7 @@ import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,12 +14,14 @@ from kernels_pallas.indexer import top_blocks
 from kernels_pallas.kda import kda
 from kernels_pallas.latent import IMPLS as FORMS
 from kernels_pallas.latent import Latents, latent_attention
+from kernels_pallas.latent_decode import Pages, latent_decode, unpair
 from kernels_pallas.partial import Partial
 from kernels_pallas.select import select
-from kimijax.cache import ROWS, Cache, Rows
+from kimijax.cache import Cache
 from kimijax.errors import UserError
 from kimijax.ops.delta import delta_runs
 from kimijax.ops.moe import ragged_experts, tiled_experts
+from kimijax.rows import PAGE, ROWS, Rows
 
 
 def attend(
@@ -41,7 +43,7 @@ def attend(
         return attention(q, kv, scale=scale, impl=impl)
     w_uk, w_uv = (w.astype(q.nope.dtype) for w in up)
     if form is None:
-        form = _cheaper(q, kv, w_uk.shape, w_uv.shape[-1])
+        form = _cheaper(q.pos.shape[1], kv.pos.shape[1], w_uk.shape, w_uv.shape[-1])
     if form == "expanded":
         return latent_attention(q, kv, (w_uk, w_uv), scale=scale, impl=impl)
     if form != "absorbed":
@@ -50,6 +52,45 @@ def attend(
     one = kv.latent[:, :, None]
     p = attention(absorbed, Keys(one, one, kv.k_rope, kv.pos, kv.seg), scale=scale, impl=impl)
     return p._replace(out=values(p.out, w_uv))
+
+
+class Stored(NamedTuple):
+    """Latents of a cache as they lie: every layer's, which is sliced by what reads it if at all."""
+
+    latent: jax.Array  # l b s r
+    rope: jax.Array | None  # l b s/2 2p   as kernels_pallas.latent_decode.pair lays them
+    layer: jax.Array  # int32: the slice that is meant
+    pos: jax.Array  # b s
+    seg: jax.Array  # b s
+
+
+def recall(
+    q: Queries, kv: Stored | Keys, up: tuple[jax.Array, ...], *, scale: float, impl: str
+) -> Partial:
+    """`attend` to what a cache holds. Absorbed, it is read page by page where it lies."""
+    if isinstance(kv, Keys):
+        return attention(q, kv, scale=scale, impl=impl)
+    up = w_uk, w_uv = tuple(w.astype(q.nope.dtype) for w in up)
+    if _cheaper(q.nope.shape[1], kv.pos.shape[1], w_uk.shape, w_uv.shape[-1]) == "expanded":
+        k_rope = None if kv.rope is None else unpair(kv.rope[kv.layer])
+        latents = Latents(kv.latent[kv.layer], k_rope, kv.pos, kv.seg)
+        return latent_attention(q, latents, up, scale=scale, impl=impl)
+    pages, table = _pages(kv)
+    absorbed = q._replace(nope=absorb(q.nope, w_uk))
+    p = latent_decode(absorbed, pages, kv.layer, table, scale=scale, impl=impl)
+    return p._replace(out=values(p.out, w_uv))
+
+
+def _pages(kv: Stored) -> tuple[Pages, jax.Array]:
+    """A cache cut into pages, each row's one behind the other."""
+    layers, b, s, r = kv.latent.shape
+    j = PAGE if s % (2 * PAGE) else 2 * PAGE
+    where = (x.reshape(-1, j) for x in (kv.pos, kv.seg))
+    rope = kv.rope
+    if rope is not None:
+        rope = rope.reshape(layers, -1, j // 2, rope.shape[-1])
+    pages = Pages(kv.latent.reshape(layers, -1, j, r), rope, *where)
+    return pages, jnp.arange(b * s // j, dtype=jnp.int32).reshape(b, -1)
 
 
 def absorb(q: jax.Array, w_uk: jax.Array) -> jax.Array:
@@ -62,8 +103,8 @@ def values(out: jax.Array, w_uv: jax.Array) -> jax.Array:
     return jnp.einsum("...hr,rhv->...hv", out, w_uv.astype(jnp.float32))
 
 
-def _cheaper(q: Queries, kv: Latents, uk_shape: tuple[int, ...], v: int) -> str:
-    t, s = q.nope.shape[1], kv.latent.shape[1]
+def _cheaper(t: int, s: int, uk_shape: tuple[int, ...], v: int) -> str:
+    """The form with fewer multiplications for t queries and s keys."""
     r, _, n = uk_shape
     expanded = s * r * (n + v) + t * s * (n + v)
     absorbed = t * r * (n + v) + t * s * 2 * r
@@ -129,7 +170,7 @@ def local(impl: str = "xla", exact: bool = False, experts: str = "tiled") -> Ops
     impl = known_impl(impl)
     return Ops(
         attend=partial(attend, impl=impl),
-        recall=partial(attend, impl=impl),
+        recall=partial(recall, impl=impl),
         tiled=tiled,
         select=partial(select, impl=impl),
         top_blocks=partial(top_blocks, impl=impl),

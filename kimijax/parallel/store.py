@@ -4,7 +4,6 @@ The cache stays where it is. A call's queries are few beside it: they are gather
 attends to its own slots, and one reduction merges the Partials. What is appended goes to its owner.
 """
 
-import dataclasses
 import functools
 
 import jax
@@ -13,10 +12,11 @@ from jax.sharding import PartitionSpec as P
 
 from kernels_pallas.attention import Keys
 from kernels_pallas.partial import Partial
-from kimijax.cache import Rows
-from kimijax.ops.attend import Latents, attend
+from kimijax import rows as local_rows
+from kimijax.ops import attend as local_ops
+from kimijax.ops.attend import Stored
 from kimijax.parallel.axes import Axes
-from kimijax.parallel.sources import HEADS, LATENTS
+from kimijax.rows import Rows, slots
 
 
 def merge_over(p: Partial, axes: tuple[str, ...], scattered: bool) -> Partial:
@@ -47,35 +47,44 @@ def gathered(tree, axes: tuple[str, ...]):
     return jax.tree.map(lambda x: jax.lax.all_gather(x, axes, axis=1, tiled=True), tree)
 
 
-def recall(axes: Axes, impl: str, q, kv: Latents | Keys, up, *, scale: float) -> Partial:
-    """`attend` to latents whose slots are dealt over devices; queries lie there, or everywhere."""
+def recall(axes: Axes, impl: str, q, kv: Stored | Keys, up, *, scale: float) -> Partial:
+    """Attention to a cache whose slots are dealt over devices; queries lie there, or everywhere."""
     rows, dealt = axes.place(q.pos.shape)
     spec = lambda *more: P(rows, dealt, *more)  # noqa: E731
     heads = spec(axes.heads)
     of_q = q._replace(
         nope=heads, rope=None if q.rope is None else heads, pos=spec(), seg=spec(), since=spec()
     )
-    source = HEADS if isinstance(kv, Keys) else LATENTS
-    of_kv, of_up = source.specs(dataclasses.replace(axes, rows=rows or ()), kv, up)
+    of_up = jax.tree.map(lambda _: P(None, axes.heads), up)
 
     @functools.partial(
-        jax.shard_map, mesh=axes.mesh, in_specs=(of_q, of_kv, of_up),
+        jax.shard_map, mesh=axes.mesh, in_specs=(of_q, _specs(axes, rows, kv), of_up),
         out_specs=Partial(heads, heads, heads), check_vma=False,
     )
     def local(q, kv, up):
         q = gathered(q, axes.tokens) if dealt else q
-        p = attend(q, kv, up, scale=scale, impl=impl)
+        p = local_ops.recall(q, kv, up, scale=scale, impl=impl)
         return merge_over(p, axes.tokens, bool(dealt))
 
     return local(q, kv, up)
 
 
+def _specs(axes: Axes, rows, kv: Stored | Keys):
+    """Where a cache lies."""
+    own = P(rows, axes.tokens)
+    if isinstance(kv, Keys):
+        heads = P(rows, axes.tokens, axes.heads)
+        return Keys(heads, heads, None, own, own)
+    stack = P(None, rows, axes.tokens)
+    return Stored(stack, None if kv.rope is None else stack, P(), own, own)
+
+
 def dealt_rows(axes: Axes) -> Rows:
     """Reading and writing token rows of states l b s ... whose slots are dealt over devices."""
 
-    def own(stack, at):
+    def own(name, stack, at):
         """Places on this device; its size for those of others."""
-        size = stack.shape[2]
+        size = slots(name, stack)
         at = at - jax.lax.axis_index(axes.tokens) * size
         return jnp.where((at >= 0) & (at < size), at, size)
 
@@ -87,20 +96,17 @@ def dealt_rows(axes: Axes) -> Rows:
             out_specs=stacked if out == "stack" else P(rows), check_vma=False,
         )
 
-    def read(stack, layer, at):
+    def read(name, stack, layer, at):
         def local(stack, layer, at):
-            row = jnp.arange(at.shape[0])[:, None]
-            found = stack.at[layer, row, own(stack, at)].get(mode="fill", fill_value=0)
+            found = local_rows.read(name, stack, layer, own(name, stack, at))
             return jax.lax.psum(found, axes.tokens)
 
         return wrap(local, stack, at, "rows")(stack, layer, at)
 
-    def write(stack, layer, at, x):
+    def write(name, stack, layer, at, x):
         def local(stack, layer, at, x):
-            row = jnp.arange(at.shape[0])[:, None]
-            return stack.at[layer, row, own(stack, at)].set(x, mode="drop")
+            return local_rows.write(name, stack, layer, own(name, stack, at), x)
 
-        x = x.astype(stack.dtype)
         return wrap(local, stack, at, "stack", x)(stack, layer, at, x)
 
     return Rows(read, write)

@@ -47,6 +47,7 @@ CASES = {
     "many heads": {"t": 2, "h": 100},
     "no rope": {"rope": False},
     "int8": {"int8": True},
+    "more queries than fit": {"t": 11, "h": 512, "window": 300, "past": 400},
     "nothing written": {"past": 0},
 }
 
