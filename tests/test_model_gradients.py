@@ -34,8 +34,12 @@ def one_pass(name: str):
     return jax.jit(jax.grad(loss))(params)
 
 
-@pytest.mark.parametrize("name", MODELS)
-@pytest.mark.parametrize("size", [64, 1], ids=["chunks", "single tokens"])
+@pytest.mark.parametrize("name, size", [
+    ("needle", 64),
+    ("kimi", 1),
+    pytest.param("needle", 1, marks=pytest.mark.slow),
+    pytest.param("kimi", 64, marks=pytest.mark.slow),
+])
 def test_through_the_cache(name, size, ids):
     """Calls of `size` tokens, the cache in the carry of a scan."""
     model, params = model_and_params(name)

@@ -19,8 +19,8 @@ from tests.conftest import CONFIGS, assert_close, model_and_params
 DOCUMENT, CUT, NEW = 1024, 900, 70  # behind the cut a run is open; the new tokens fill it and more
 
 
-def continued(name, ops, params, ids):
-    """Hidden states of tokens behind a fork: some at once, then one by one."""
+def continued(name, ops, params, ids, chunk):
+    """Hidden states of tokens behind a fork: `chunk` of them at once, the others one by one."""
     cfg = CONFIGS[name]()
     model, live = Model(cfg, ops), (np.arange(DOCUMENT) < CUT)[None].repeat(2, 0)
 
@@ -39,22 +39,24 @@ def continued(name, ops, params, ids):
 
     frozen, found = document(params), []
     cache = jax.jit(lambda c: ops.deal(fork(cfg, c, NEW, ops.rows).replace(frozen=None)))(frozen)
-    for start, stop in ((0, NEW - 3), *((i, i + 1) for i in range(NEW - 3, NEW))):
+    first = [(0, chunk)] if chunk else []
+    for start, stop in (*first, *((i, i + 1) for i in range(chunk, NEW))):
         cache, hidden = extend(params, frozen, cache, ids[:, CUT + start : CUT + stop])
         found.append(np.asarray(hidden))
     return np.concatenate(found, 1)
 
 
 @pytest.mark.parametrize(
-    "name, sizes", [("needle", {"seq": 8}), ("kimi", {"data": 2, "seq": 2, "expert": 2})]
+    "name, sizes, chunk",
+    [("needle", {"seq": 8}, NEW - 3), ("kimi", {"data": 2, "seq": 2, "expert": 2}, 0)],
 )
-def test_a_fork_of_a_dealt_cache_is_that_of_a_local_one(name, sizes):
+def test_a_fork_of_a_dealt_cache_is_that_of_a_local_one(name, sizes, chunk):
     ids = np.random.default_rng(0).integers(0, 64, (2, DOCUMENT)).astype(np.int32)
     _, params = model_and_params(name)
     plan = Plan(make_mesh(sizes))
-    want = continued(name, local(), params, ids)
+    want = continued(name, local(), params, ids, chunk)
     dealt = jax.device_put(params, plan.shardings(CONFIGS[name]()))
-    assert_close(continued(name, plan.ops(), dealt, ids), want)
+    assert_close(continued(name, plan.ops(), dealt, ids, chunk), want)
 
 
 def test_a_question_copies_nothing_of_a_dealt_document():
