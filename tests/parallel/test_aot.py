@@ -21,5 +21,5 @@ def test_a_token_behind_a_long_cache_copies_none_of_it():
     )
     assert done.returncode == 0, done.stderr[-500:]
     said = json.loads(done.stdout.splitlines()[-1])
-    assert said["cache"] >= 5 * TOKENS * 576 * 2
+    assert said["cache"] >= 4 * TOKENS * 576 * 2
     assert said["temp"] < 0.02 * said["cache"]
