@@ -11,32 +11,27 @@ from kernels_pallas.partial import Partial
 
 
 class Places(NamedTuple):
-    """Where keys are: b s."""
+    """Where the tokens of a page are: j."""
 
     pos: jax.Array
     seg: jax.Array
 
 
-def places(pages, table) -> Places:
-    """Of the tokens of each row's pages, one behind the other."""
-    seg = jnp.where((table < 0)[..., None], -1, pages.seg[jnp.maximum(table, 0)])
-    return Places(*map(_flat, (pages.pos[jnp.maximum(table, 0)], seg)))
+def places(pages, page) -> Places:
+    """Of one page; -1 is none, and its tokens are padding."""
+    at = jnp.maximum(page, 0)
+    return Places(pages.pos[at], jnp.where(page < 0, -1, pages.seg[at]))
 
 
-def gathered(pages, layer, table, dtype) -> Keys:
-    """The pages of each row as keys of one head, which every query head reads."""
-    row = jnp.maximum(table, 0)
-    latent = pages.latent[layer, row]
+def keys_of(pages, layer, page, dtype) -> Keys:
+    """One page as keys of one head, which every query head reads; without rows."""
+    at = jnp.maximum(page, 0)
+    latent = pages.latent[layer, at]
     if pages.scale is not None:
-        latent = latent.astype(jnp.float32) * pages.scale[layer, row][..., None]
-    latent = _flat(latent).astype(dtype)[:, :, None]
-    rope = None if pages.rope is None else _flat(unpair(pages.rope[layer, row])).astype(dtype)
-    return Keys(latent, latent, rope, *places(pages, table))
-
-
-def _flat(x: jax.Array) -> jax.Array:
-    """b n j ... -> b n*j ..."""
-    return x.reshape(x.shape[0], -1, *x.shape[3:])
+        latent = latent.astype(jnp.float32) * pages.scale[layer, at][:, None]
+    latent = latent.astype(dtype)[:, None]
+    rope = None if pages.rope is None else unpair(pages.rope[layer, at]).astype(dtype)
+    return Keys(latent, latent, rope, *places(pages, page))
 
 
 def unpair(rope: jax.Array) -> jax.Array:
@@ -47,5 +42,7 @@ def unpair(rope: jax.Array) -> jax.Array:
 
 
 def decode(q, pages, layer, table, *, scale: float) -> Partial:
-    """Attention to all pages of a row."""
-    return attention.attention(q, gathered(pages, layer, table, jnp.float32), scale=scale)
+    """Attention to all pages of a row, one behind the other."""
+    keys = jax.vmap(jax.vmap(lambda page: keys_of(pages, layer, page, jnp.float32)))(table)
+    keys = jax.tree.map(lambda x: x.reshape(x.shape[0], -1, *x.shape[3:]), keys)
+    return attention.attention(q, keys, scale=scale)
