@@ -1,5 +1,6 @@
 """What a computation needs and what the machine gives: FLOPs, peak, memory, compile time."""
 
+import math
 import resource
 import sys
 import time
@@ -21,6 +22,7 @@ from kimijax.config import (
 )
 from kimijax.config_tree import expanded
 from kimijax.model import parameter_shapes
+from kimijax.rows import PAGE
 
 
 def prefill_flops(cfg: ModelConfig, n: int, exact: bool = False) -> dict[str, float]:
@@ -177,14 +179,14 @@ def describe(cfg: ModelConfig, dtype: jnp.dtype = jnp.bfloat16) -> dict:
 
 def _cache_bytes(cfg: ModelConfig, dtype: jnp.dtype) -> tuple[float, int]:
     """Bytes of layer states: per slot, and what is there whatever the number of slots."""
-    run = run_length(cfg)
+    step = math.lcm(PAGE, run_length(cfg))
 
     def sizes(slots):
         cache = jax.eval_shape(lambda: empty_cache(cfg, 1, slots, dtype))
         return [x.size * x.dtype.itemsize for x in jax.tree.leaves(cache.states)]
 
-    short, long = sizes(run), sizes(2 * run)
-    growing = sum(b - a for a, b in zip(short, long, strict=True)) / run
+    short, long = sizes(step), sizes(2 * step)
+    growing = sum(b - a for a, b in zip(short, long, strict=True)) / step
     return (
         int(growing) if growing == int(growing) else growing,
         sum(a for a, b in zip(short, long, strict=True) if a == b),

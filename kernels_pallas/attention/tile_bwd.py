@@ -71,6 +71,11 @@ class Key(NamedTuple):
     where: jax.Array  # 2 k
 
 
+def beside(parts: tuple, rows):
+    """Some rows of both parts of queries or keys, or of the only one."""
+    return jnp.concatenate([x[rows] for x in parts if x is not None], 1)
+
+
 def add_pair(
     q: Query, k: Key, sums: Sums, d_query, lanes: int, queries: tuple, keys: tuple, masked: bool
 ) -> None:
@@ -87,12 +92,13 @@ def add_pair(
     def spend(at, c, p, d_s):
         rows, at = pl.ds(at, SUB), groups[c]
         sums.value[rows] += dot(p, q.d_down[at], (1, 0))
-        sums.key[rows] += dot(d_s, q.down[0][at], (1, 0))
+        # Both parts at once, as a unit may be 256 wide.
+        d_key = dot(d_s, beside(q.down, at), (1, 0))
         n = k.key[0].shape[1]
-        d_query[:n, at] += dot(k.key[0][rows], d_s, (0, 0))
+        sums.key[rows] += d_key[:, :n]
         if sums.rope is not None:
-            sums.rope[rows] += dot(d_s, q.down[1][at], (1, 0))
-            d_query[n:, at] += dot(k.key[1][rows], d_s, (0, 0))
+            sums.rope[rows] += d_key[:, n:]
+        d_query[:, at] += dot(beside(k.key, rows), d_s, (0, 0))
 
     made, waiting, where = products(*steps[0]), None, None
     for n, (at, c) in enumerate(steps):
