@@ -1,0 +1,215 @@
+"""Rows sorted by group times the matrices of their groups, as a TPU kernel.
+
+    Y[rows of group e] = X[rows of group e] W_e          back: X W_e^T, nothing transposed in memory
+
+Grid: block of result columns, visit (see visits.py). All that is contracted lies in VMEM, so while
+visits of a group follow each other its matrix stays: matrices are read once a call, and only those
+of groups with rows. X is read once for each block of columns.
+
+A tile with rows of one group alone is one product, contracted a piece at a time. Of another, only
+pieces of PIECE rows that have some of the group are computed. Packed matrices are widened once per
+group and block of columns, then multiplied by each of its tiles. With few rows to a group a tile is
+small, and a piece of the matrix is widened in the same schedule as it is multiplied.
+
+VMEM of K2's gate, bfloat16, tiles of 512 rows, 7168 contracted, 1024 columns: X 7 MiB and W 14,
+both twice; result 1, twice, accumulator 2: 46 MiB. int8, fp8: W 7 twice and 14 widened; int4: W
+3.5 twice and 14 widened.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from kernels_pallas.attention.tile import LANE, dot
+from kernels_pallas.grouped_matmul.expand import (
+    Form,
+    columns,
+    each,
+    form_of,
+    permuted,
+    piece,
+    specs,
+    stacked,
+)
+from kernels_pallas.grouped_matmul.visits import Visits, visits_of
+from kernels_pallas.grouped_matmul.weights import Int4, Int8, Packed, Weights, shape
+
+ROWS, PIECE, LEAST = 512, 128, 16  # of a tile at most, decided upon, of a tile at least
+VMEM, BLOCKS = 56 << 20, 50 << 20  # bytes a kernel may use, and its blocks
+
+
+class Sizes(NamedTuple):
+    """How a call is cut."""
+
+    rows: int  # of a tile
+    columns: int  # of a block
+    form: Form  # of what is contracted
+    held: bool  # widened matrices are kept
+
+
+def rows_of(m: int, groups: int, itemsize: int) -> int:
+    """Of a tile: what a group has on average, within bounds."""
+    if m >= groups * 2 * PIECE:
+        return ROWS * 2 // itemsize
+    return max(LEAST, min(PIECE, 1 << (-(-m // groups) - 1).bit_length()))
+
+
+def sizes_of(x, weights: Weights, a: int, b: int, groups: int) -> Sizes:
+    """As many of b columns as fit with all `a` that are contracted, in an even number of blocks.
+
+    Even, so that both cores of a chip have the same to do.
+    """
+    form, size = form_of(weights, a), x.dtype.itemsize
+    rows = rows_of(x.shape[0], groups, size)
+    packed = isinstance(weights, Packed)
+    held = packed and rows > PIECE
+    own = sum(w.size * w.dtype.itemsize for w in jax.tree.leaves(weights)) / (
+        groups * a * b * jax.tree.leaves(weights)[0].shape[0]
+    )
+    column = a * (2 * own + held * size) + rows * (2 * size + 8)
+    room = (BLOCKS - 2 * rows * x.shape[1] * size) / column
+    fit = [d for d in range(LANE, b // 2 + 1, LANE) if b % d == 0 and d <= room]
+    even = [d for d in fit if b // d % 2 == 0]
+    return Sizes(rows, max(even or fit, default=b), form, held)
+
+
+class Refs(NamedTuple):
+    """What a step of the grid has in VMEM."""
+
+    x: Any  # rows a
+    w: Any  # a block of the weights
+    out: Any  # rows columns
+    acc: Any  # rows columns   float32
+    held: Any  # columns a   widened, or None
+
+
+def forward(x, weights, sizes, layer, back: bool = False, *, interpret: bool = False) -> jax.Array:
+    """The op's TPU form. back: rows times the transposed matrices (of floats)."""
+    m, groups = x.shape[0], sizes.shape[0]
+    if layer is None:
+        weights = jax.tree.map(lambda w: w[None], weights)
+    a, b = shape(weights)[-2:][:: -1 if back else 1]
+    size = sizes_of(x, weights, a, b, groups)
+    if isinstance(weights, Int4):
+        x = permuted(x)
+    packed = isinstance(weights, Packed)
+    weights = stacked(weights, size.columns) if packed else weights
+    known, count = visits_of(sizes, layer, m, size.rows)
+    fields = len(Visits._fields)
+
+    def at(j, v, *known):
+        known = Visits(*known)
+        return known.layer[0], known.held[v], j
+
+    if packed:
+        w_spec = specs(weights, size.columns, at)
+    elif back:
+        w_spec = pl.BlockSpec((None, None, size.columns, a), lambda *grid: (*at(*grid), 0))
+    else:
+        w_spec = pl.BlockSpec(
+            (None, None, a, size.columns), lambda *grid: (*at(*grid)[:2], 0, grid[0])
+        )
+    wide = size.form.pieces * size.form.chunk
+
+    def kernel(*refs):
+        known, (x, w, out, acc, *held) = Visits(*refs[:fields]), refs[fields:]
+        _kernel(known, Refs(x, w, out, acc, held[0] if held else None), groups, size,
+                packed or back)
+
+    return pl.pallas_call(
+        kernel,
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=fields,
+            grid=(b // size.columns, count),
+            in_specs=[
+                pl.BlockSpec((size.rows, wide), lambda j, v, *known: (Visits(*known).read[v], 0)),
+                w_spec,
+            ],
+            out_specs=pl.BlockSpec(
+                (size.rows, size.columns), lambda j, v, *known: (Visits(*known).tile[v], j)
+            ),
+            scratch_shapes=[
+                pltpu.VMEM((size.rows, size.columns), jnp.float32),
+                *([pltpu.VMEM((size.columns, wide), x.dtype)] if size.held else []),
+            ],
+        ),
+        out_shape=jax.ShapeDtypeStruct((m, b), x.dtype),
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=VMEM
+        ),
+        interpret=interpret,
+        name="grouped_matmul",
+    )(*known, x, weights)
+
+
+def _kernel(known: Visits, refs: Refs, groups: int, size: Sizes, outputs_first: bool):
+    v = pl.program_id(1)
+    group, first = known.group[v], known.tile[v] * size.rows
+    low, high = known.start[group] - first, known.start[group + 1] - first  # the group's rows
+    real, whole = group < groups, (low <= 0) & (high >= size.rows)
+    step = min(size.rows, PIECE)
+
+    if size.held:
+        fresh = (v == 0) | (known.group[jnp.maximum(v - 1, 0)] != group)
+
+        @pl.when(fresh & real)
+        def _():
+            def widen(c):
+                refs.held[:, columns(c, size.form.chunk)] = piece(
+                    refs.w, c, size.form, refs.held.dtype
+                )
+
+            each(size.form.pieces, widen)
+
+    if size.rows > step:
+        @pl.when(real & whole)
+        def _():
+            _multiply(refs, size, outputs_first, slice(None))
+            refs.out[...] = _result(refs, slice(None)).astype(refs.out.dtype)
+
+    @pl.when(real & ~(whole & (size.rows > step)))
+    def _():
+        @pl.loop(jax.lax.div(jnp.maximum(low, 0), step),
+                 jax.lax.div(jnp.minimum(high, size.rows) + step - 1, step))
+        def _(p):
+            rows = pl.ds(pl.multiple_of(p * step, step), step)
+            _multiply(refs, size, outputs_first, rows)
+            keep(refs.out, rows, _result(refs, rows), low - p * step, high - p * step)
+
+    @pl.when(~real)
+    def _():
+        keep(refs.out, slice(None), jnp.zeros_like(refs.acc), low, high)
+
+
+def _multiply(refs: Refs, size: Sizes, outputs_first: bool, rows) -> None:
+    """The accumulator of some rows: x times the matrix, a piece at a time."""
+    refs.acc[rows] = jnp.zeros_like(refs.acc[rows])
+
+    def add(c):
+        lanes = columns(c, size.form.chunk)
+        if not outputs_first:
+            w = refs.w[lanes].astype(refs.x.dtype)
+        elif size.held:
+            w = refs.held[:, lanes]
+        elif isinstance(refs.w, Packed):
+            w = piece(refs.w, c, size.form, refs.x.dtype)
+        else:
+            w = refs.w[:, lanes].astype(refs.x.dtype)
+        refs.acc[rows] += dot(refs.x[rows, lanes], w, (1, int(outputs_first)))
+
+    each(size.form.pieces, add)
+
+
+def _result(refs: Refs, rows) -> jax.Array:
+    acc = refs.acc[rows]
+    return acc * refs.w.scale[...].astype(jnp.float32) if isinstance(refs.w, Int8) else acc
+
+
+def keep(out, rows, values, low, high) -> None:
+    """Write rows from low to high alone: others belong to other groups."""
+    row = jax.lax.broadcasted_iota(jnp.int32, values.shape, 0)
+    mine = (row >= low) & (row < high)
+    out[rows] = jnp.where(mine, values, out[rows].astype(jnp.float32)).astype(out.dtype)
