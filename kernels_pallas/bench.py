@@ -23,7 +23,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kernels_pallas import aot, attention, grouped_matmul, indexer, kda, latent, latent_decode, select
+from kernels_pallas import (
+    aot,
+    attention,
+    grouped_matmul,
+    indexer,
+    kda,
+    latent,
+    latent_decode,
+    select,
+)
 from kernels_pallas.aot import child
 from kernels_pallas.attention import cases as attention_cases
 from kernels_pallas.grouped_matmul import cases as grouped_matmul_cases
@@ -42,7 +51,10 @@ OPS = {
     "kda": kda_cases,
     "grouped_matmul": grouped_matmul_cases,
 }
-PEERS = {"attention": ["kernels_pallas.attention.peers"]}  # other packages' kernels, see there
+PEERS = {  # other packages' kernels, see there
+    "attention": ["kernels_pallas.attention.peers"],
+    "grouped_matmul": ["kernels_pallas.grouped_matmul.peers"],
+}
 LARGEST_REF = 2**28  # logits; the dense reference of a larger case is not run
 
 

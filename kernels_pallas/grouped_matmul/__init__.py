@@ -9,7 +9,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from kernels_pallas.grouped_matmul import ref, tpu, tpu_bwd, xla
+from kernels_pallas.grouped_matmul import ref, tpu_bwd, xla
 from kernels_pallas.grouped_matmul.vjp import differentiable
 from kernels_pallas.grouped_matmul.weights import (
     BLOCK,

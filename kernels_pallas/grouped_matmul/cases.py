@@ -1,6 +1,6 @@
 """Named shapes of grouped_matmul, to time and to compile; and the bytes that it moves.
 
-CASES: (call, arguments, needed FLOPs, products of the dense reference); AOT: see kernels_pallas.aot.
+CASES: (call, arguments, needed FLOPs, numbers of the dense reference); AOT: see kernels_pallas.aot.
 """
 
 import functools
@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 
 from kernels_pallas.aot import Case
-from kernels_pallas.grouped_matmul import Fp8, Int4, Int8, Weights, grouped_matmul
-from kernels_pallas.grouped_matmul.tpu import PIECE, rows_of, sizes_of
+from kernels_pallas.grouped_matmul import Fp8, Int4, Int8, Weights, grouped_matmul, tpu_bwd
+from kernels_pallas.grouped_matmul.tpu import rows_of, sizes_of
 
 
 def held(form: str, *lead: int, k: int, n: int) -> Weights:
@@ -65,27 +65,62 @@ def _make(form: str, *, m, g, k, n, layers=None, gradient=None):
     return pulled, (*args, jax.ShapeDtypeStruct((m, n), jnp.bfloat16))
 
 
+def _case_of(form: str, tags: str, macs: int, gradient=None, **dims) -> Case:
+    """`pairs` so that cycles are those of 512 x 512 x 1024 products."""
+    kernel = "d_weights" if gradient == "w" else "back" if gradient and form != "bfloat16" else ""
+    make = functools.partial(_make, form, gradient=gradient, **dims)
+    return Case(make, frozenset(tags.split()), form, macs, kernel, pairs=macs // 1024)
+
+
+def _turn(form: str, m: int, g: int, k: int, n: int, back: bool = False) -> int:
+    """Products of a turn of the inner loop: a tile of rows times a piece of the matrix."""
+    x, w = jax.ShapeDtypeStruct((m, n if back else k), jnp.bfloat16), held(form, 1, g, k=k, n=n)
+    size = sizes_of(x, w, *((n, k) if back else (k, n)), g)
+    return size.rows * size.columns * size.chunk
+
+
 def _forward(form: str, tags: str, **dims) -> Case:
-    """A turn of the inner loop: a tile of rows times a piece of the matrix."""
-    call, (x, w, sizes, *_) = _make(form, **dims)
-    stack = w if "layers" in dims else jax.tree.map(
-        lambda a: jax.ShapeDtypeStruct((1, *a.shape), a.dtype), w)
-    size = sizes_of(x, stack, dims["k"], dims["n"], dims["g"])
-    rows = size.rows
-    macs = rows * size.columns * size.form.chunk
-    return Case(
-        functools.partial(_make, form, **dims), frozenset(tags.split()), form, macs,
-        pairs=rows * size.columns,
-    )
+    return _case_of(form, tags, _turn(form, **dims), **dims)
+
+
+def _gradients(**dims) -> dict[tuple[str, str], Case]:
+    """Of the matrices, and of x through floats and packed ones."""
+    name = _name(**dims)
+    rows = rows_of(dims["m"], dims["g"], 2)
+    return {
+        (f"{name} d_w", "pallas_bfloat16"): _case_of(
+            "bfloat16", "bench k2", rows * tpu_bwd.WIDE**2, "w", **dims),
+        (f"{name} d_x", "pallas_bfloat16"): _case_of(
+            "bfloat16", "bench k2", _turn("bfloat16", back=True, **dims), "x", **dims),
+        **{
+            (f"{name} d_x", f"pallas_{form}"): _case_of(
+                form, "bench k2", min(rows, tpu_bwd.ROWS) * tpu_bwd.OUTPUTS * 1024, "x", **dims)
+            for form in FORMS[1:]
+        },
+    }
+
+
+def _name(m: int, g: int, k: int, n: int) -> str:
+    return f"{m} x {k}, {g} of {n}"
 
 
 FORMS = ("bfloat16", "int8", "fp8", "int4")
+BENCH = [  # a chip of 16 or of 64, K2's gate and down; a batch that decodes
+    {"m": 32768, "g": 24, **K2}, {"m": 32768, "g": 24, **DOWN}, {"m": 64, "g": 24, **K2},
+]
+OTHER = [{"m": 32768, "g": 6, **K2}, {"m": 512, "g": 24, **K2}, {"m": 64, "g": 6, **DOWN}]
+SMALL = {"m": 600, "g": 4, "k": 1408, "n": 384}
 AOT = {
-    (f"{m} x {k}, {g} of {n}", f"pallas {form}"): _forward(form, tags, m=m, g=g, k=k, n=n)
-    for m, g, tags, dims in (
-        (32768, 24, "bench k2", K2), (32768, 6, "k2", K2), (32768, 24, "bench k2", DOWN),
-        (512, 24, "k2", K2), (64, 24, "bench k2", K2), (64, 6, "k2", DOWN),
-    )
-    for k, n in [dims.values()]
-    for form in FORMS
+    **{
+        (_name(**dims), f"pallas_{form}"): _forward(form, tags, **dims)
+        for tags, shapes in (("bench k2", BENCH), ("k2", OTHER))
+        for dims in shapes
+        for form in FORMS
+    },
+    **_gradients(**BENCH[0]),
+    **{
+        ("a layer of 3", f"pallas_{form}"): Case(
+            functools.partial(_make, form, layers=3, **SMALL), frozenset({"ci"}), form)
+        for form in ("bfloat16", "int4")
+    },
 }

@@ -24,54 +24,6 @@ WORDS = 8  # inputs of a word
 CHUNK = 1536  # inputs of a piece, at most
 
 
-def permuted(x: jax.Array) -> jax.Array:
-    """Inputs ... a as int4 is widened: padded to whole chunks."""
-    x = pad(x, WORDS * LANE, x.ndim - 1)
-    chunks = x.reshape(*x.shape[:-1], -1, LANE, WORDS)
-    return chunks.swapaxes(-1, -2).reshape(x.shape)
-
-
-def restored(x: jax.Array, a: int) -> jax.Array:
-    """`permuted` undone."""
-    chunks = x.reshape(*x.shape[:-1], -1, WORDS, LANE)
-    return chunks.swapaxes(-1, -2).reshape(x.shape)[..., :a]
-
-
-def stacked(weights: Packed, block: int) -> Packed:
-    """Weights of a stack l g ..., scales so that a block of outputs is one of theirs."""
-    if isinstance(weights, Int8):
-        return weights._replace(scale=weights.scale[:, :, None])
-    if isinstance(weights, Fp8):
-        *lead, rows, columns = weights.scale.shape
-        blocks = pl.cdiv(block, BLOCK)
-        return weights._replace(scale=weights.scale.reshape(*lead, -1, blocks, columns))
-    return weights
-
-
-def specs(weights: Packed, block: int, at) -> Packed:
-    """Blocks of all inputs; at(*grid) -> (layer, group, block of outputs)."""
-    inputs = weights[0].shape[-1]
-
-    def spec(dims, where, **how):
-        return pl.BlockSpec(dims, lambda *grid: where(*at(*grid)), **how)
-
-    whole = lambda width: spec(  # noqa: E731
-        (None, None, block, width), lambda layer, group, j: (layer, group, j, 0)
-    )
-    match weights:
-        case Int8():
-            return Int8(whole(inputs), spec(
-                (None, None, 1, block), lambda layer, group, j: (layer, group, 0, j)
-            ))
-        case Int4():
-            return Int4(whole(up(inputs, LANE)), whole(up(weights.scale.shape[-1], LANE)))
-    rows, columns = weights.scale.shape[-2:]
-    return Fp8(whole(inputs), spec(
-        (None, None, None, rows, columns), lambda layer, group, j: (layer, group, j, 0, 0),
-        memory_space=pltpu.SMEM,
-    ))
-
-
 class Form(NamedTuple):
     """What is static of packed weights."""
 
@@ -94,6 +46,63 @@ def form_of(weights: Weights, inputs: int) -> Form:
         return Form(inputs, chunk, group)
     fit = [d for d in range(LANE, CHUNK + 1, LANE) if inputs % d == 0]
     return Form(inputs, max(fit, default=inputs), 0)
+
+
+def permuted(x: jax.Array) -> jax.Array:
+    """Inputs ... a as int4 is widened: padded to whole chunks."""
+    x = pad(x, WORDS * LANE, x.ndim - 1)
+    chunks = x.reshape(*x.shape[:-1], -1, LANE, WORDS)
+    return chunks.swapaxes(-1, -2).reshape(x.shape)
+
+
+def restored(x: jax.Array, a: int) -> jax.Array:
+    """`permuted` undone."""
+    chunks = x.reshape(*x.shape[:-1], -1, WORDS, LANE)
+    return chunks.swapaxes(-1, -2).reshape(x.shape)[..., :a]
+
+
+def stacked(weights: Packed, block: int) -> Packed:
+    """Weights of a stack l g ..., scales so that a block of outputs is one of theirs.
+
+    Of int4 outputs come last: inputs / 32 is no multiple of 128 in K2, and where that is so XLA has
+    them so in memory. The other way about the compiler would copy the scales of the whole stack.
+    """
+    if isinstance(weights, Int8):
+        return weights._replace(scale=weights.scale[:, :, None])
+    if isinstance(weights, Int4):
+        return weights._replace(scale=weights.scale.swapaxes(-1, -2))
+    if isinstance(weights, Fp8):
+        *lead, rows, columns = weights.scale.shape
+        blocks = pl.cdiv(block, BLOCK)
+        return weights._replace(scale=weights.scale.reshape(*lead, -1, blocks, columns))
+    return weights
+
+
+def specs(weights: Packed, form: Form, block: int, at) -> Packed:
+    """Blocks of all inputs; at(*grid) -> (layer, group, block of outputs)."""
+    inputs = weights[0].shape[-1]
+
+    def spec(dims, where, **how):
+        return pl.BlockSpec(dims, lambda *grid: where(*at(*grid)), **how)
+
+    whole = lambda width: spec(  # noqa: E731
+        (None, None, block, width), lambda layer, group, j: (layer, group, j, 0)
+    )
+    match weights:
+        case Int8():
+            return Int8(whole(inputs), spec(
+                (None, None, 1, block), lambda layer, group, j: (layer, group, 0, j)
+            ))
+        case Int4():
+            rows = up(weights.scale.shape[2], WORDS * LANE // form.group)
+            return Int4(whole(up(inputs, LANE)), spec(
+                (None, None, rows, block), lambda layer, group, j: (layer, group, 0, j)
+            ))
+    rows, columns = weights.scale.shape[-2:]
+    return Fp8(whole(inputs), spec(
+        (None, None, None, rows, columns), lambda layer, group, j: (layer, group, j, 0, 0),
+        memory_space=pltpu.SMEM,
+    ))
 
 
 def piece(weights: Packed, c, form: Form, dtype) -> jax.Array:
@@ -122,29 +131,30 @@ def each(pieces: int, use: Callable) -> None:
 def _int4(weights: Int4, c, form: Form, dtype) -> jax.Array:
     words = weights.packed[:, columns(c, LANE)]
     count = form.chunk // form.group  # scales of a piece
-    window = c * count // LANE if isinstance(c, int) else jax.lax.div(c * count, LANE)
-    scale = weights.scale[:, columns(window, LANE)].astype(jnp.float32)
-    lane = jax.lax.broadcasted_iota(jnp.int32, words.shape, 1)
-    at = jax.lax.div(lane * WORDS, form.group) + (c * count - window * LANE)
-    scale = jnp.take_along_axis(scale, at, 1)
+    at = c * count if isinstance(c, int) else pl.multiple_of(c * count, count)
+    scale = weights.scale[pl.ds(at, count)].astype(jnp.float32)
+    # A row for each word of a group, then turned: a lane for each word.
+    repeated = (form.group // WORDS, scale.shape[1])
+    scale = jnp.concatenate(
+        [jnp.broadcast_to(scale[i : i + 1], repeated) for i in range(count)], 0
+    ).T
     if form.inputs % form.chunk:
+        lane = jax.lax.broadcasted_iota(jnp.int32, words.shape, 1)
         scale = jnp.where(lane < form.inputs // WORDS - c * LANE, scale, 0.0)
     words = words ^ jnp.int32(-0x77777778)  # value + 8 as a signed number of four bits
-    planes = [
-        (((words << (28 - 4 * i)) >> 28).astype(jnp.float32) * scale).astype(dtype)
-        for i in range(WORDS)
-    ]
-    return jnp.concatenate(planes, 1)
+    signed = [(words << (28 - 4 * i) if i < WORDS - 1 else words) >> 28 for i in range(WORDS)]
+    # Rounded all at once: of 128 lanes alone, Mosaic packs a register of bfloat16 in five steps.
+    return jnp.concatenate([x.astype(jnp.float32) * scale for x in signed], 1).astype(dtype)
 
 
 def _fp8(weights: Fp8, c, chunk: int, dtype) -> jax.Array:
-    codes = weights.codes[:, columns(c, chunk)]
-    first = c * pl.cdiv(chunk, BLOCK)
-
-    def square(i, j):
-        x = pltpu.bitcast(codes[i : i + BLOCK, j : j + BLOCK], jnp.float8_e4m3fn)
-        scale = weights.scale[i // BLOCK, first + j // BLOCK]
-        return (x.astype(jnp.float32) * scale).astype(dtype)
-
+    first, codes = c * pl.cdiv(chunk, BLOCK), weights.codes[:, columns(c, chunk)]
+    # Whole registers of codes are widened at once: squares alone would be packed and unpacked.
+    x = pltpu.bitcast(codes, jnp.float8_e4m3fn).astype(jnp.float32)
     rows, lanes = (range(0, size, BLOCK) for size in codes.shape)
-    return jnp.concatenate([jnp.concatenate([square(i, j) for j in lanes], 1) for i in rows], 0)
+    return jnp.concatenate([
+        jnp.concatenate([
+            x[i : i + BLOCK, j : j + BLOCK] * weights.scale[i // BLOCK, first + j // BLOCK]
+            for j in lanes
+        ], 1) for i in rows
+    ], 0).astype(dtype)

@@ -23,7 +23,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from kernels_pallas.attention.tile import LANE, dot
+from kernels_pallas.attention.tile import LANE, dot, up
 from kernels_pallas.grouped_matmul.expand import (
     Form,
     columns,
@@ -37,7 +37,9 @@ from kernels_pallas.grouped_matmul.expand import (
 from kernels_pallas.grouped_matmul.visits import Visits, visits_of
 from kernels_pallas.grouped_matmul.weights import Int4, Int8, Packed, Weights, shape
 
-ROWS, PIECE, LEAST = 512, 128, 16  # of a tile at most, decided upon, of a tile at least
+ROWS, PIECE, LEAST = 512, 128, 64  # of a tile at most, decided upon, of a tile at least
+SUBLANES = 16  # rows that lie together in bfloat16
+TURN, WIDEST = 2**30, 2048  # products of a turn of the inner loop, and what it contracts, at most
 VMEM, BLOCKS = 56 << 20, 50 << 20  # bytes a kernel may use, and its blocks
 
 
@@ -46,15 +48,24 @@ class Sizes(NamedTuple):
 
     rows: int  # of a tile
     columns: int  # of a block
-    form: Form  # of what is contracted
+    chunk: int  # contracted in a turn
+    form: Form  # of packed matrices
     held: bool  # widened matrices are kept
+
+    @property
+    def wide(self) -> int:
+        """What is contracted, padded to whole pieces."""
+        return self.form.pieces * self.form.chunk
 
 
 def rows_of(m: int, groups: int, itemsize: int) -> int:
-    """Of a tile: what a group has on average, within bounds."""
+    """Of a tile: what a group has on average, within bounds.
+
+    LEAST rows are multiplied while the matrix unit is loaded: with fewer a group had more visits.
+    """
     if m >= groups * 2 * PIECE:
         return ROWS * 2 // itemsize
-    return max(LEAST, min(PIECE, 1 << (-(-m // groups) - 1).bit_length()))
+    return min(PIECE if m > groups * LEAST else LEAST, up(m, SUBLANES))
 
 
 def sizes_of(x, weights: Weights, a: int, b: int, groups: int) -> Sizes:
@@ -73,7 +84,17 @@ def sizes_of(x, weights: Weights, a: int, b: int, groups: int) -> Sizes:
     room = (BLOCKS - 2 * rows * x.shape[1] * size) / column
     fit = [d for d in range(LANE, b // 2 + 1, LANE) if b % d == 0 and d <= room]
     even = [d for d in fit if b // d % 2 == 0]
-    return Sizes(rows, max(even or fit, default=b), form, held)
+    width = max(even or fit, default=b)
+    chunk = form.chunk
+    if held or not packed:
+        wide = form.pieces * chunk
+        chunk = divisor(wide, max(min(TURN // (rows * width), WIDEST), LANE))
+    return Sizes(rows, width, chunk, form, held)
+
+
+def divisor(x: int, most: int) -> int:
+    """The largest multiple of 128 that divides x, of `most` at most; x itself if there is none."""
+    return max((d for d in range(LANE, most + 1, LANE) if x % d == 0), default=x)
 
 
 class Refs(NamedTuple):
@@ -100,24 +121,15 @@ def forward(x, weights, sizes, layer, back: bool = False, *, interpret: bool = F
     known, count = visits_of(sizes, layer, m, size.rows)
     fields = len(Visits._fields)
 
-    def at(j, v, *known):
-        known = Visits(*known)
-        return known.layer[0], known.held[v], j
-
-    if packed:
-        w_spec = specs(weights, size.columns, at)
-    elif back:
-        w_spec = pl.BlockSpec((None, None, size.columns, a), lambda *grid: (*at(*grid), 0))
-    else:
-        w_spec = pl.BlockSpec(
-            (None, None, a, size.columns), lambda *grid: (*at(*grid)[:2], 0, grid[0])
-        )
-    wide = size.form.pieces * size.form.chunk
-
     def kernel(*refs):
         known, (x, w, out, acc, *held) = Visits(*refs[:fields]), refs[fields:]
-        _kernel(known, Refs(x, w, out, acc, held[0] if held else None), groups, size,
-                packed or back)
+        refs = Refs(x, w, out, acc, held[0] if held else None)
+        _kernel(known, refs, groups, size, packed or back)
+
+    def of_rows(width, index):
+        return pl.BlockSpec(
+            (size.rows, width), lambda j, v, *known: index(Visits(*known), v, j)
+        )
 
     return pl.pallas_call(
         kernel,
@@ -125,15 +137,13 @@ def forward(x, weights, sizes, layer, back: bool = False, *, interpret: bool = F
             num_scalar_prefetch=fields,
             grid=(b // size.columns, count),
             in_specs=[
-                pl.BlockSpec((size.rows, wide), lambda j, v, *known: (Visits(*known).read[v], 0)),
-                w_spec,
+                of_rows(size.wide, lambda known, v, j: (known.read[v], 0)),
+                _weights_spec(weights, size, back),
             ],
-            out_specs=pl.BlockSpec(
-                (size.rows, size.columns), lambda j, v, *known: (Visits(*known).tile[v], j)
-            ),
+            out_specs=of_rows(size.columns, lambda known, v, j: (known.tile[v], j)),
             scratch_shapes=[
                 pltpu.VMEM((size.rows, size.columns), jnp.float32),
-                *([pltpu.VMEM((size.columns, wide), x.dtype)] if size.held else []),
+                *([pltpu.VMEM((size.columns, size.wide), x.dtype)] if size.held else []),
             ],
         ),
         out_shape=jax.ShapeDtypeStruct((m, b), x.dtype),
@@ -143,6 +153,20 @@ def forward(x, weights, sizes, layer, back: bool = False, *, interpret: bool = F
         interpret=interpret,
         name="grouped_matmul",
     )(*known, x, weights)
+
+
+def _weights_spec(weights: Weights, size: Sizes, back: bool):
+    """Blocks of columns of the result and all that is contracted; weights of a stack."""
+    def at(j, v, *known):
+        known = Visits(*known)
+        return known.layer[0], known.held[v], j
+
+    if isinstance(weights, Packed):
+        return specs(weights, size.form, size.columns, at)
+    dims = [None, None, *weights.shape[2:]]
+    dims[2 if back else 3] = size.columns
+    last = (lambda j: (j, 0)) if back else (lambda j: (0, j))
+    return pl.BlockSpec(dims, lambda *grid: (*at(*grid)[:2], *last(grid[0])))
 
 
 def _kernel(known: Visits, refs: Refs, groups: int, size: Sizes, outputs_first: bool):
@@ -189,7 +213,7 @@ def _multiply(refs: Refs, size: Sizes, outputs_first: bool, rows) -> None:
     refs.acc[rows] = jnp.zeros_like(refs.acc[rows])
 
     def add(c):
-        lanes = columns(c, size.form.chunk)
+        lanes = columns(c, size.chunk)
         if not outputs_first:
             w = refs.w[lanes].astype(refs.x.dtype)
         elif size.held:
@@ -200,7 +224,7 @@ def _multiply(refs: Refs, size: Sizes, outputs_first: bool, rows) -> None:
             w = refs.w[:, lanes].astype(refs.x.dtype)
         refs.acc[rows] += dot(refs.x[rows, lanes], w, (1, int(outputs_first)))
 
-    each(size.form.pieces, add)
+    each(size.wide // size.chunk, add)
 
 
 def _result(refs: Refs, rows) -> jax.Array:

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from kernels_pallas.attention.tile import LANE, dot
+from kernels_pallas.attention.tile import dot
 from kernels_pallas.grouped_matmul.expand import (
     columns,
     each,
@@ -29,7 +29,7 @@ from kernels_pallas.grouped_matmul.expand import (
     specs,
     stacked,
 )
-from kernels_pallas.grouped_matmul.tpu import PIECE, VMEM, forward, keep, rows_of
+from kernels_pallas.grouped_matmul.tpu import PIECE, VMEM, divisor, forward, keep, rows_of
 from kernels_pallas.grouped_matmul.visits import Visits, visits_of
 from kernels_pallas.grouped_matmul.weights import Int4, Int8, Packed, Weights, shape
 
@@ -42,11 +42,6 @@ def product(x, weights: Weights, sizes, layer, back: bool = False, *, interpret:
     if back and isinstance(weights, Packed):
         return _through_packed(x, weights, sizes, layer, interpret)
     return forward(x, weights, sizes, layer, back, interpret=interpret)
-
-
-def divisor(x: int, most: int) -> int:
-    """The largest multiple of 128 that divides x, of `most` at most; x itself if there is none."""
-    return max((d for d in range(LANE, most + 1, LANE) if x % d == 0), default=x)
 
 
 def _through_packed(d_out, weights: Packed, sizes, layer, interpret: bool) -> jax.Array:
@@ -97,7 +92,7 @@ def _through_packed(d_out, weights: Packed, sizes, layer, interpret: bool) -> ja
             grid=(count, last + 1),
             in_specs=[
                 pl.BlockSpec((rows, block), lambda v, j, *known: (Visits(*known).read[v], j)),
-                specs(held, block, at),
+                specs(held, form, block, at),
             ],
             out_specs=pl.BlockSpec((rows, wide), lambda v, j, *known: (Visits(*known).tile[v], 0)),
             scratch_shapes=[pltpu.VMEM((rows, wide), jnp.float32)],

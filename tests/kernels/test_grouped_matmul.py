@@ -1,10 +1,8 @@
 """grouped_matmul: xla and the kernels of a TPU = ref, for any sizes of groups and forms held."""
 
-import functools
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import pytest
 
 from kernels_pallas.grouped_matmul import Fp8, Int4, Int8, grouped_matmul
@@ -75,7 +73,7 @@ def test_packed_matrices_are_their_numbers(form, impl, rng):
 
 @pytest.mark.parametrize("form", FORMS)
 def test_few_rows_and_the_layer_of_a_stack(form, rng):
-    """Small tiles: matrices are widened as they are multiplied, 2048 inputs in two pieces or more."""
+    """Small tiles: matrices are widened as they are multiplied, a piece of inputs at a time."""
     compare(rng, (3, 0, 20, 1), form, m=25, k=2048, n=128, impl="pallas_interpret", layer=1)
 
 
