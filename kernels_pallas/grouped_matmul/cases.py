@@ -7,10 +7,11 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from kernels_pallas.aot import Case
 from kernels_pallas.grouped_matmul import Fp8, Int4, Int8, Weights, grouped_matmul, tpu_bwd
-from kernels_pallas.grouped_matmul.tpu import rows_of, sizes_of
+from kernels_pallas.grouped_matmul.tpu import PIECE, rows_of, sizes_of
 
 
 def held(form: str, *lead: int, k: int, n: int) -> Weights:
@@ -34,6 +35,7 @@ def _case(rng, *, m, g, k, n):
     return functools.partial(grouped_matmul), (x, w, sizes), 2.0 * m * k * n, m * g * n
 
 
+FORMS = ("bfloat16", "int8", "fp8", "int4")
 CASES = {
     "4096 rows, 64 groups": functools.partial(_case, m=4096, g=64, k=256, n=256),
     "64 rows, 64 groups": functools.partial(_case, m=64, g=64, k=256, n=256),
@@ -104,12 +106,11 @@ def _name(m: int, g: int, k: int, n: int) -> str:
     return f"{m} x {k}, {g} of {n}"
 
 
-FORMS = ("bfloat16", "int8", "fp8", "int4")
 BENCH = [  # a chip of 16 or of 64, K2's gate and down; a batch that decodes
     {"m": 32768, "g": 24, **K2}, {"m": 32768, "g": 24, **DOWN}, {"m": 64, "g": 24, **K2},
 ]
 OTHER = [{"m": 32768, "g": 6, **K2}, {"m": 512, "g": 24, **K2}, {"m": 64, "g": 6, **DOWN}]
-SMALL = {"m": 600, "g": 4, "k": 1408, "n": 384}
+SMALL = {"m": 2500, "g": 4, "k": 1408, "n": 384}
 AOT = {
     **{
         (_name(**dims), f"pallas_{form}"): _forward(form, tags, **dims)
@@ -121,6 +122,43 @@ AOT = {
     **{
         ("a layer of 3", f"pallas_{form}"): Case(
             functools.partial(_make, form, layers=3, **SMALL), frozenset({"ci"}), form)
-        for form in ("bfloat16", "int4")
+        for form in ("bfloat16", "int4", "fp8")
     },
 }
+
+
+def moved(form: str, sizes: np.ndarray, m: int, g: int, k: int, n: int) -> tuple[int, int]:
+    """(HBM bytes, rows computed) of a call with these sizes of groups, forward, bfloat16 rows.
+
+    Bytes: x for every block of columns, matrices of groups with rows and results once.
+    """
+    x, w = jax.ShapeDtypeStruct((m, k), jnp.bfloat16), held(form, 1, g, k=k, n=n)
+    size, start = sizes_of(x, w, k, n, g), 0
+    computed = 0
+    for rows in sizes:
+        end, tile, piece = start + rows, size.rows, min(size.rows, PIECE)
+        for first in range(start - start % tile, end, tile):
+            low, high = max(start, first), min(end, first + tile)
+            whole = high - low == tile
+            computed += tile if whole else (-(-high // piece) - low // piece) * piece
+        start = end
+    matrix = sum(a.size * a.dtype.itemsize for a in jax.tree.leaves(w)) // g
+    asked = 2 * m * k * -(-n // size.columns)
+    return asked + matrix * int((sizes > 0).sum()) + 2 * m * n, computed
+
+
+def main() -> None:
+    """Of random groups: bytes beside the least there are, rows computed beside those needed."""
+    for dims in BENCH + OTHER:
+        sizes = np.random.default_rng(0).multinomial(dims["m"], np.full(dims["g"], 1 / dims["g"]))
+        for form in FORMS:
+            w = held(form, int((sizes > 0).sum()), k=dims["k"], n=dims["n"])
+            least = sum(a.size * a.dtype.itemsize for a in jax.tree.leaves(w)) + 2 * dims["m"] * (
+                dims["k"] + dims["n"])
+            size, rows = moved(form, sizes, **dims)
+            print(f"{_name(**dims):26} {form:8} {size / 2**20:7.0f} MiB, {size / least:.2f} of the "
+                  f"least; {rows / dims['m']:.2f} rows computed for one")
+
+
+if __name__ == "__main__":
+    main()

@@ -72,9 +72,10 @@ def stacked(weights: Packed, block: int) -> Packed:
     if isinstance(weights, Int4):
         return weights._replace(scale=weights.scale.swapaxes(-1, -2))
     if isinstance(weights, Fp8):
-        *lead, rows, columns = weights.scale.shape
         blocks = pl.cdiv(block, BLOCK)
-        return weights._replace(scale=weights.scale.reshape(*lead, -1, blocks, columns))
+        scale = pad(weights.scale, blocks, weights.scale.ndim - 2)
+        *lead, _, inputs = scale.shape
+        return weights._replace(scale=scale.reshape(*lead, -1, blocks, inputs))
     return weights
 
 

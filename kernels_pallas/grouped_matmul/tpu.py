@@ -75,21 +75,31 @@ def sizes_of(x, weights: Weights, a: int, b: int, groups: int) -> Sizes:
     """
     form, size = form_of(weights, a), x.dtype.itemsize
     rows = rows_of(x.shape[0], groups, size)
+    while rows > PIECE and 2 * rows * a * size > BLOCKS // 3:
+        rows //= 2
     packed = isinstance(weights, Packed)
     held = packed and rows > PIECE
     own = sum(w.size * w.dtype.itemsize for w in jax.tree.leaves(weights)) / (
         groups * a * b * jax.tree.leaves(weights)[0].shape[0]
     )
     column = a * (2 * own + held * size) + rows * (2 * size + 8)
-    room = (BLOCKS - 2 * rows * x.shape[1] * size) / column
-    fit = [d for d in range(LANE, b // 2 + 1, LANE) if b % d == 0 and d <= room]
-    even = [d for d in fit if b // d % 2 == 0]
-    width = max(even or fit, default=b)
+    width = part(b, int((BLOCKS - 2 * rows * a * size) / column), 2)
     chunk = form.chunk
     if held or not packed:
         wide = form.pieces * chunk
         chunk = divisor(wide, max(min(TURN // (rows * width), WIDEST), LANE))
     return Sizes(rows, width, chunk, form, held)
+
+
+def part(x: int, most: int, parts: int = 1) -> int:
+    """Columns of a block, `most` or fewer: x is cut in `parts`, or a multiple of so many.
+
+    A multiple of 128, so the last block may reach behind x.
+    """
+    if x <= LANE:
+        return x
+    sizes = (up(pl.cdiv(x, n), LANE) for n in range(parts, parts * x, parts))
+    return next(size for size in sizes if size <= max(most, LANE))
 
 
 def divisor(x: int, most: int) -> int:
@@ -135,7 +145,7 @@ def forward(x, weights, sizes, layer, back: bool = False, *, interpret: bool = F
         kernel,
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=fields,
-            grid=(b // size.columns, count),
+            grid=(pl.cdiv(b, size.columns), count),
             in_specs=[
                 of_rows(size.wide, lambda known, v, j: (known.read[v], 0)),
                 _weights_spec(weights, size, back),

@@ -29,7 +29,7 @@ from kernels_pallas.grouped_matmul.expand import (
     specs,
     stacked,
 )
-from kernels_pallas.grouped_matmul.tpu import PIECE, VMEM, divisor, forward, keep, rows_of
+from kernels_pallas.grouped_matmul.tpu import PIECE, VMEM, divisor, forward, keep, part, rows_of
 from kernels_pallas.grouped_matmul.visits import Visits, visits_of
 from kernels_pallas.grouped_matmul.weights import Int4, Int8, Packed, Weights, shape
 
@@ -110,7 +110,8 @@ def _through_packed(d_out, weights: Packed, sizes, layer, interpret: bool) -> ja
 def d_weights(x, d_out, sizes, dtype, *, interpret: bool = False) -> jax.Array:
     """x^T d_out of every group, g k n."""
     (m, k), n, groups = x.shape, d_out.shape[1], sizes.shape[0]
-    rows, inputs, outputs = rows_of(m, groups, x.dtype.itemsize), divisor(k, WIDE), divisor(n, WIDE)
+    rows = rows_of(m, groups, x.dtype.itemsize)
+    inputs, outputs = part(k, WIDE), part(n, WIDE)
     known, count = visits_of(sizes, None, m, rows, empty=True)
 
     def kernel(*refs):
@@ -124,7 +125,7 @@ def d_weights(x, d_out, sizes, dtype, *, interpret: bool = False) -> jax.Array:
         kernel,
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=FIELDS,
-            grid=(k // inputs, n // outputs, count),
+            grid=(pl.cdiv(k, inputs), pl.cdiv(n, outputs), count),
             in_specs=[of_rows(inputs, 0), of_rows(outputs, 1)],
             out_specs=pl.BlockSpec(
                 (None, inputs, outputs), lambda i, j, v, *known: (Visits(*known).group[v], i, j)
