@@ -25,7 +25,7 @@ CHUNK = 1536  # inputs of a piece, at most
 
 
 class Form(NamedTuple):
-    """What is static of packed weights."""
+    """How what is contracted is cut into pieces."""
 
     inputs: int
     chunk: int  # of a piece
@@ -38,7 +38,7 @@ class Form(NamedTuple):
 
 
 def form_of(weights: Weights, inputs: int) -> Form:
-    """Of weights whose `inputs` are contracted, or (packed) expanded."""
+    """Of weights with so many inputs; of floats they may be outputs, what is contracted."""
     if isinstance(weights, Int4):
         group, chunk = inputs // weights.scale.shape[-1], WORDS * LANE
         if chunk % group:

@@ -40,7 +40,7 @@ def visits_of(
         first, count = jnp.minimum(first, tiles - 1), count.at[groups].set(0)
     until, total = jnp.cumsum(count), ends[groups - 1]
     v = jnp.arange(tiles + groups + 1, dtype=jnp.int32)
-    group = jnp.minimum(jnp.searchsorted(until, v, side="right"), groups).astype(jnp.int32)
+    group = jnp.minimum((until <= v[:, None]).sum(1), groups)
     tile = jnp.clip(first[group] + v - (until - count)[group], 0, tiles - 1)
     real = jnp.max(jnp.where(sizes > 0, jnp.arange(groups), 0))
     known = Visits(
