@@ -110,7 +110,9 @@ BENCH = [  # a chip of 16 or of 64, K2's gate and down; a batch that decodes
     {"m": 32768, "g": 24, **K2}, {"m": 32768, "g": 24, **DOWN}, {"m": 64, "g": 24, **K2},
 ]
 OTHER = [{"m": 32768, "g": 6, **K2}, {"m": 512, "g": 24, **K2}, {"m": 64, "g": 6, **DOWN}]
-SMALL = {"m": 2500, "g": 4, "k": 1408, "n": 384}
+STACK = {"m": 8, "g": 24, "layers": 4, **K2}
+SMALL = {"m": 2500, "g": 4, "k": 1408, "n": 700}
+CI = frozenset({"ci"})
 AOT = {
     **{
         (_name(**dims), f"pallas_{form}"): _forward(form, tags, **dims)
@@ -120,9 +122,14 @@ AOT = {
     },
     **_gradients(**BENCH[0]),
     **{
-        ("a layer of 3", f"pallas_{form}"): Case(
-            functools.partial(_make, form, layers=3, **SMALL), frozenset({"ci"}), form)
-        for form in ("bfloat16", "int4", "fp8")
+        (name, f"pallas_{form}"): Case(functools.partial(_make, form, **dims), CI, form)
+        for name, dims in (("few, one layer of 4", STACK), ("odd sizes", SMALL))
+        for form in FORMS
+    },
+    **{
+        (f"odd sizes d_{of}", f"pallas_{form}"): Case(
+            functools.partial(_make, form, gradient=of, **SMALL), CI, form)
+        for of, form in (("w", "bfloat16"), ("x", "bfloat16"), ("x", "int4"))
     },
 }
 
