@@ -44,7 +44,7 @@ def value_and_grads(x, weights, sizes, cotangent, impl, layer=None):
 
 
 def compare(rng, sizes, form, dtype=jnp.float32, *, m, k, n, impl, layer=None):
-    lead = (3, len(sizes)) if layer is not None else (len(sizes),)
+    lead = (2, len(sizes)) if layer is not None else (len(sizes),)
     weights = held(rng, form, *lead, k=k, n=n)
     x, cotangent = (jnp.asarray(rng.normal(size=(m, d)), dtype) for d in (k, n))
     args = x, weights, jnp.asarray(sizes, jnp.int32), cotangent
@@ -74,12 +74,12 @@ def test_packed_matrices_are_their_numbers(form, impl, rng):
 @pytest.mark.parametrize("form", FORMS)
 def test_few_rows_and_the_layer_of_a_stack(form, rng):
     """Small tiles: matrices are widened as they are multiplied, a piece of inputs at a time."""
-    compare(rng, (3, 0, 20, 1), form, m=25, k=2048, n=128, impl="pallas_interpret", layer=1)
+    compare(rng, (3, 20), form, m=25, k=2048, n=640, impl="pallas_interpret", layer=1)
 
 
 @pytest.mark.parametrize("impl", ["xla", "pallas_interpret"])
 def test_a_stack_of_floats(impl, rng):
-    compare(rng, (3, 0, 20), "float32", m=25, k=128, n=256, impl=impl, layer=2)
+    compare(rng, (3, 0, 20), "float32", m=25, k=128, n=256, impl=impl, layer=1)
 
 
 @pytest.mark.parametrize("form", ["bfloat16", "float32", *FORMS])
