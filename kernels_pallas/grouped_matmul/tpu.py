@@ -10,11 +10,11 @@ A tile with rows of one group alone is one product, contracted a piece at a time
 pieces of PIECE rows that have some of the group are computed. Packed matrices are widened once per
 group and block of columns, then multiplied by each of its tiles. With few rows to a group a tile is
 small, and a piece of the matrix is widened in the same schedule as it is multiplied. That takes
-longer than to read it for int4 and, before tpu7x, fp8: 5 and 9 vector operations a number.
+longer than to read it for int4 and, before tpu7x, for fp8: 5 and 9 vector operations a number.
 
 VMEM of K2's gate, bfloat16, tiles of 512 rows, 7168 contracted, 1024 columns: X 7 MiB and W 14,
-both twice; result 1, twice, accumulator 2: 46 MiB (the compiler takes 48). int8, fp8: W 7 twice and 14
-widened; int4: W 3.5 twice, scales 0.4 twice and 14 widened.
+both twice; result 1, twice, accumulator 2: 46 MiB (the compiler takes 48). int8, fp8: W 7 twice and
+14 widened; int4: W 3.5 twice, scales 0.4 twice and 14 widened.
 """
 
 from typing import Any, NamedTuple

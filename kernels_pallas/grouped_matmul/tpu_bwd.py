@@ -4,7 +4,8 @@
 
 dX of floats is the kernel forward. Packed matrices are contracted over their outputs as they lie:
 a tile of rows has all of its inputs in an accumulator, and blocks of outputs follow each other,
-widened as they are multiplied; they are read again for every visit. dW has blocks of inputs x
+widened as they are multiplied; they are read again for every visit, and one core of a chip does it
+all, as visits of a tile add to the same rows. dW has blocks of inputs x
 outputs, and adds up the visits of a group; empty groups are visited too, for their zeros.
 
 VMEM, bfloat16. dX of K2's gate: tiles of 256 rows, 512 outputs x 7168 inputs: int4 block 1.75 MiB
@@ -21,6 +22,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from kernels_pallas.attention.tile import dot
 from kernels_pallas.grouped_matmul.expand import (
+    Form,
     columns,
     each,
     form_of,
@@ -61,29 +63,7 @@ def _through_packed(d_out, weights: Packed, sizes, layer, interpret: bool) -> ja
         return known.layer[0], known.held[v], jnp.where(known.group[v] < groups, j, last)
 
     def kernel(*refs):
-        known, (d_out, w, out, acc) = Visits(*refs[:FIELDS]), refs[FIELDS:]
-        v, j = pl.program_id(0), pl.program_id(1)
-        group, first = known.group[v], known.tile[v] * rows
-
-        @pl.when(j == 0)
-        def _():
-            acc[...] = jnp.zeros_like(acc)
-
-        @pl.when(group < groups)
-        def _():
-            dy = d_out[...]
-            if isinstance(w, Int8):
-                dy = (dy.astype(jnp.float32) * w.scale[...].astype(jnp.float32)).astype(dtype)
-
-            def add(c):
-                acc[:, columns(c, form.chunk)] += dot(dy, piece(w, c, form, dtype), (1, 0))
-
-            each(form.pieces, add)
-
-        @pl.when(j == last)
-        def _():
-            keep(out, slice(None), acc[...], known.start[group] - first,
-                 known.start[group + 1] - first)
+        _through(Visits(*refs[:FIELDS]), refs[FIELDS:], groups, form)
 
     d_x = pl.pallas_call(
         kernel,
@@ -105,6 +85,33 @@ def _through_packed(d_out, weights: Packed, sizes, layer, interpret: bool) -> ja
         name="grouped_matmul_back",
     )(*known, d_out, held)
     return restored(d_x, k) if isinstance(weights, Int4) else d_x
+
+
+def _through(known: Visits, refs, groups: int, form: Form) -> None:
+    """Add a block of outputs to all inputs of a visit's rows."""
+    d_out, w, out, acc = refs
+    v, j, last = pl.program_id(0), pl.program_id(1), pl.num_programs(1) - 1
+    group, first = known.group[v], known.tile[v] * d_out.shape[0]
+
+    @pl.when(j == 0)
+    def _():
+        acc[...] = jnp.zeros_like(acc)
+
+    @pl.when(group < groups)
+    def _():
+        dy = d_out[...]
+        if isinstance(w, Int8):
+            dy = (dy.astype(jnp.float32) * w.scale[...].astype(jnp.float32)).astype(dy.dtype)
+
+        def add(c):
+            acc[:, columns(c, form.chunk)] += dot(dy, piece(w, c, form, dy.dtype), (1, 0))
+
+        each(form.pieces, add)
+
+    @pl.when(j == last)
+    def _():
+        low, high = known.start[group] - first, known.start[group + 1] - first
+        keep(out, slice(None), acc[...], low, high)
 
 
 def d_weights(x, d_out, sizes, dtype, *, interpret: bool = False) -> jax.Array:
