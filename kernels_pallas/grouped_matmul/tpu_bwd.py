@@ -5,8 +5,8 @@
 dX of floats is the kernel forward. Packed matrices are contracted over their outputs as they lie:
 a tile of rows has all of its inputs in an accumulator, and blocks of outputs follow each other,
 widened as they are multiplied; they are read again for every visit, and one core of a chip does it
-all, as visits of a tile add to the same rows. dW has blocks of inputs x
-outputs, and adds up the visits of a group; empty groups are visited too, for their zeros.
+all, as visits of a tile write the same rows. dW has blocks of inputs x outputs, and adds up the
+visits of a group; empty groups are visited too, for their zeros.
 
 VMEM, bfloat16. dX of K2's gate: tiles of 256 rows, 512 outputs x 7168 inputs: int4 block 1.75 MiB
 (int8, fp8 3.5), result 3.5, dY 0.25, all twice, accumulator 7: 18 to 22 MiB. dW: 512 rows, 1024
