@@ -3,8 +3,8 @@
 Ask     Bytes per chip of one layer's routed experts, forward and forward with backward.
 Run     python -m experiments.exchange_proof [--tokens 4096] [--only ragged]
 Cost    10 minutes on 2 busy cores; needs libtpu (the extra [tpu]) and no TPU.
-Answer  v5p, 4096 tokens a chip: ragged 8.8 GiB of temporaries forward and 19.7 GiB with backward of
-        95.7; gather 56.2 GiB forward, and 140.7 with backward: it does not fit.
+Answer  v5p, 4096 tokens a chip: ragged 8.8 GiB of temporaries forward and 18.2 GiB with backward of
+        95.7; gather 56.1 GiB forward, and 140.7 with backward: it does not fit.
 
 384 experts on expert = 64, 8 choices a token, bfloat16; --tokens are those of a chip. Compiled by
 the TPU's own compiler, not run: no time is measured. Most of what ragged saves, it saves by working

@@ -23,9 +23,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kernels_pallas import aot, attention, indexer, kda, latent, latent_decode, select
+from kernels_pallas import (
+    aot,
+    attention,
+    grouped_matmul,
+    indexer,
+    kda,
+    latent,
+    latent_decode,
+    select,
+)
 from kernels_pallas.aot import child
 from kernels_pallas.attention import cases as attention_cases
+from kernels_pallas.grouped_matmul import cases as grouped_matmul_cases
 from kernels_pallas.indexer import cases as indexer_cases
 from kernels_pallas.kda import cases as kda_cases
 from kernels_pallas.latent import cases as latent_cases
@@ -39,8 +49,12 @@ OPS = {
     "select": select_cases,
     "indexer": indexer_cases,
     "kda": kda_cases,
+    "grouped_matmul": grouped_matmul_cases,
 }
-PEERS = {"attention": ["kernels_pallas.attention.peers"]}  # other packages' kernels, see there
+PEERS = {  # other packages' kernels, see there
+    "attention": ["kernels_pallas.attention.peers"],
+    "grouped_matmul": ["kernels_pallas.grouped_matmul.peers"],
+}
 LARGEST_REF = 2**28  # logits; the dense reference of a larger case is not run
 
 
@@ -66,6 +80,7 @@ def timed(names: list[str]) -> Iterator[dict]:
         "select": select.IMPLS,
         "indexer": indexer.IMPLS,
         "kda": kda.IMPLS,
+        "grouped_matmul": grouped_matmul.IMPLS,
     }
     on_tpu = jax.default_backend() == "tpu"
     for name in names:

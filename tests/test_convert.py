@@ -1,5 +1,6 @@
 """Weights there and back, quantised or not, interrupted or not: the same bits."""
 
+import dataclasses
 import functools
 import json
 import shutil
@@ -22,7 +23,7 @@ from kimijax.convert.tensors import open_directory
 from kimijax.convert.write import ShardWriter
 from kimijax.errors import UserError
 from kimijax.model import Model
-from kimijax.ops.attend import local
+from kimijax.ops.attend import experts_by, local
 from tests.conftest import assert_close
 
 GOLDENS = Path(__file__).parent / "goldens"
@@ -107,15 +108,18 @@ def quantised(directory: Path, form: str) -> Path:
 
 @pytest.mark.parametrize("form, kind", [("int4", Int4Config), ("fp8", Fp8Config)])
 def test_experts_kept_quantised_give_the_logits_of_expanded_ones(form, kind, tmp_path):
+    """By tiles, and by the kernels of a TPU, interpreted."""
     source = quantised(tmp_path / "hub", form)
     ids = np.random.default_rng(0).integers(0, 256, (1, 40)).astype(np.int32)
-    logits = {}
-    for keep in (False, True):
+    kernels = dataclasses.replace(local(), experts=experts_by("grouped", "pallas_interpret"))
+    logits = []
+    for keep, ops in ((False, local()), (True, local()), (True, kernels)):
         model = load(source, keep=keep)
-        net = Model(model.cfg, local())
-        logits[keep] = jax.jit(functools.partial(net.apply, method="logits"))(model.params, ids)
+        net = Model(model.cfg, ops)
+        logits.append(jax.jit(functools.partial(net.apply, method="logits"))(model.params, ids))
     assert isinstance(model.cfg.layers[1].ffn.weights, kind)
-    assert_close(logits[True], logits[False])
+    assert_close(logits[1], logits[0])
+    assert_close(logits[2], logits[0])
 
 
 def test_int4_experts_survive_bit_for_bit(tmp_path):

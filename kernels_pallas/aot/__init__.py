@@ -138,7 +138,9 @@ def compile_for(chip: str, f: Callable, *args, dump: str | None = None) -> jax.s
     """
     place = _placement(chip)
     args = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), args)
-    lowered = jax.jit(f).lower(*args)
+    # Some kernels ask at trace time what chip they are for: without a mesh, jax names the host.
+    with jax.sharding.use_abstract_mesh(place.mesh.abstract_mesh):
+        lowered = jax.jit(f).lower(*args)
     try:
         return lowered.compile(compiler_options=dump and {"xla_dump_to": dump})
     except Exception as error:  # libtpu raises several kinds

@@ -121,20 +121,22 @@ def _last_words(folder: str) -> str:
 def measure(case: aot.Case, chip: str, dumps: str | None) -> dict:
     """Compile a case; the figures of its kernel, those of the schedule if there are dumps.
 
-    vmem_bytes; bundles of the kernel; of its inner block cycles, cycles_per_512 (of 512 x 512 pairs
-    of a query and a key), mxu_occupancy, valu_occupancy, eup_occupancy, spills [stores, loads] and
-    useful_mxu, which is needed MACs / (MACs a cycle x cycles); block_cycles of all the blocks there
-    are. CompileError: it does not compile, or has no such kernel.
+    vmem_bytes. Without dumps temp_bytes, of the program. With them bundles of the kernel; of its
+    inner block cycles, cycles_per_512 (of 512 x 512 pairs of a query and a key), mxu_occupancy,
+    valu_occupancy, eup_occupancy, spills [stores, loads] and useful_mxu, which is needed MACs /
+    (MACs a cycle x cycles); block_cycles of all the blocks there are. CompileError: it does not
+    compile, or has no such kernel.
     """
     f, args = case.make()
     with tempfile.TemporaryDirectory(prefix="kernels_aot_hlo_") as folder:
-        aot.compile_for(chip, f, *args, dump=folder)
+        compiled = aot.compile_for(chip, f, *args, dump=folder)
         found = aot.kernels(aot.program_text(folder))
     vmem = {k: v for k, v in found.items() if case.kernel in k}
     if not vmem:
         raise aot.CompileError(f"the program has no Pallas kernel named {case.kernel!r}")
     if dumps is None:
-        return {"vmem_bytes": max(vmem.values())}
+        temporaries = compiled.memory_analysis().temp_size_in_bytes
+        return {"vmem_bytes": max(vmem.values()), "temp_bytes": temporaries}
     found = {k: v for k, v in schedule.read(dumps).items() if k in vmem}
     if not found:
         raise aot.CompileError(f"libtpu left no schedule of {sorted(vmem)}")

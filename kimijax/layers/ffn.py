@@ -4,11 +4,11 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from kernels_pallas.grouped_matmul import Fp8, Int4, Weights
 from kimijax.cache import Tokens
 from kimijax.config import FP8_BLOCK, Fp8Config, Int4Config, MoEConfig, SwiGLUConfig
 from kimijax.layers.base import Proj, fan_in, weight
 from kimijax.ops.attend import Ops
-from kimijax.ops.moe import Experts, Fp8, Int4
 
 
 class SwiGLU(nn.Module):
@@ -49,7 +49,7 @@ class MoE(nn.Module):
             "experts": ids,
         }
 
-    def _experts(self, name: str, shape: tuple[int, int], axes: tuple[str, str]) -> Experts:
+    def _experts(self, name: str, shape: tuple[int, int], axes: tuple[str, str]) -> Weights:
         """The matrices (in, out) of all experts, in the form that the config names."""
         c, (inputs, outputs) = self.cfg, shape
         empty = nn.initializers.zeros

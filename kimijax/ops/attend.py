@@ -20,7 +20,7 @@ from kernels_pallas.select import select
 from kimijax.cache import Cache
 from kimijax.errors import UserError
 from kimijax.ops.delta import delta_runs
-from kimijax.ops.moe import ragged_experts, tiled_experts
+from kimijax.ops.moe import grouped_experts, tiled_experts
 from kimijax.rows import PAGE, ROWS, Rows
 
 
@@ -122,7 +122,14 @@ def tiled(q: Queries, kv: Keys, *, scale: float) -> Partial:
     return jax.tree.map(lambda a: a.reshape(*lead, *a.shape[1:]), p)
 
 
-EXPERTS = {"tiled": tiled_experts, "ragged": ragged_experts}
+EXPERTS = ("tiled", "grouped")
+
+
+def experts_by(name: str | None, impl: str) -> Callable[..., jax.Array]:
+    """Routed experts in a way of EXPERTS; None: the one that is fast where `impl` is."""
+    if (name or ("grouped" if impl == "pallas" else "tiled")) == "tiled":
+        return tiled_experts
+    return partial(grouped_experts, impl=impl)
 
 
 def known_impl(name: str) -> str:
@@ -161,11 +168,11 @@ def usual_impl() -> str:
 
 
 @functools.cache
-def local(impl: str = "xla", exact: bool = False, experts: str = "tiled") -> Ops:
+def local(impl: str = "xla", exact: bool = False, experts: str | None = None) -> Ops:
     """Operations on one device. The same arguments give the same object, so programs are shared.
 
     impl     of the ops: "ref", "xla", "pallas" (a TPU) or "pallas_interpret" (the same, slowly)
-    experts  "tiled" (any device) or "ragged" (a TPU)
+    experts  "tiled" or "grouped"; None: grouped if impl is "pallas", else tiled
     """
     impl = known_impl(impl)
     return Ops(
@@ -176,6 +183,6 @@ def local(impl: str = "xla", exact: bool = False, experts: str = "tiled") -> Ops
         top_blocks=partial(top_blocks, impl=impl),
         delta=partial(delta_runs, impl=impl),
         kda=partial(kda, impl=impl),
-        experts=EXPERTS[experts],
+        experts=experts_by(experts, impl),
         exact=exact,
     )

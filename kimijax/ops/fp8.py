@@ -7,12 +7,8 @@ the whole stack, made anew in every call. Bytes it slices as they lie.
 import jax
 import jax.numpy as jnp
 
+from kernels_pallas.grouped_matmul import numbers
 from kimijax.config import FP8_BLOCK
-
-
-def numbers(codes: jax.Array) -> jax.Array:
-    """The float32 that bytes stand for."""
-    return jax.lax.bitcast_convert_type(codes, jnp.float8_e4m3fn).astype(jnp.float32)
 
 
 def expand(codes: jax.Array, scale: jax.Array) -> jax.Array:

@@ -1,7 +1,8 @@
-"""Tokens to experts without dropping any: sorted, padded per expert to tiles, one product a tile.
+"""Tokens to experts without dropping any, in two ways.
 
-jax.lax.ragged_dot on CPU computes every expert for every row; a scan over row tiles executes at
-most one tile per expert more than needed, and tiles without rows are skipped.
+Tiled: sorted, padded per expert to tiles; a scan over tiles computes the whole MLP of each, at most
+one tile per expert more than needed. Grouped: sorted, then a kernel for each of the three products
+(kernels_pallas.grouped_matmul). Packed matrices are read as they are stored in both.
 """
 
 from typing import NamedTuple
@@ -9,10 +10,9 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from kimijax.config import FP8_BLOCK
-from kimijax.ops.fp8 import numbers
+from kernels_pallas.grouped_matmul import Weights, grouped_matmul, matrix
+from kernels_pallas.grouped_matmul.xla import tile_rows
 
-LARGEST_TILE = 128
 UNROLLED = 64  # tiles of a row each that are written out and not looped over
 
 
@@ -23,15 +23,6 @@ class Dispatch(NamedTuple):
     source: jax.Array  # tiles*tile   token of each row; n where the row is padding
     expert: jax.Array  # tiles   expert of a tile
     live: jax.Array  # tiles   the tile has rows
-
-
-def tile_rows(rows: int, experts: int) -> int:
-    """Rows of a tile, a power of two: with an even load, at most 1.3x the needed rows are computed.
-
-    An expert's last tile is half padding on average.
-    """
-    most = max(1, int(0.6 * rows / experts))
-    return min(LARGEST_TILE, 1 << (most.bit_length() - 1))
 
 
 def dispatch(ids: jax.Array, experts: int, tile: int) -> Dispatch:
@@ -55,41 +46,8 @@ def dispatch(ids: jax.Array, experts: int, tile: int) -> Dispatch:
     return Dispatch(slot.reshape(n, k), source, expert, starts < ends[-1])
 
 
-class Int4(NamedTuple):
-    """Matrices as the hub packs them: [out, in] in 4 bits, a scale per group of inputs."""
-
-    packed: jax.Array  # e out in/8   int32, lowest bits first, stored as value + 8
-    scale: jax.Array  # e out in/group
-
-
-class Fp8(NamedTuple):
-    """Matrices as the hub stores them: [out, in] float8_e4m3fn, a scale per square block."""
-
-    codes: jax.Array  # e out in   uint8, its bits
-    scale: jax.Array  # e ceil(out/block) ceil(in/block)   multiplied, whatever its hub name says
-
-
-Experts = jax.Array | Int4 | Fp8  # e in out, or a packed form of it
-
-
-def matrix(experts: Experts, expert: jax.Array, dtype: jnp.dtype) -> jax.Array:
-    """One expert's matrix [in, out] in the dtype of the activations."""
-    match experts:
-        case Int4(packed=packed, scale=scale):
-            shifts = 4 * jnp.arange(8, dtype=jnp.int32)
-            codes = (packed[expert][..., None] >> shifts & 15) - 8  # out in/8 8
-            codes = codes.reshape(*scale.shape[1:], -1).astype(jnp.float32)
-            w = codes * scale[expert].astype(jnp.float32)[..., None]
-            return w.reshape(w.shape[0], -1).T.astype(dtype)
-        case Fp8(codes=codes, scale=scale):
-            rows, columns = codes.shape[1:]
-            spread = jnp.repeat(jnp.repeat(scale[expert], FP8_BLOCK, 0), FP8_BLOCK, 1)
-            return (numbers(codes[expert]) * spread[:rows, :columns]).T.astype(dtype)
-    return experts[expert].astype(dtype)
-
-
 def tiled_experts(
-    x: jax.Array, ids: jax.Array, weight: jax.Array, gate: Experts, up: Experts, down: Experts
+    x: jax.Array, ids: jax.Array, weight: jax.Array, gate: Weights, up: Weights, down: Weights
 ) -> jax.Array:
     """Weighted SwiGLU experts of each token, by tiles: x b t d, ids and weight b t k -> b t d.
 
@@ -101,42 +59,32 @@ def tiled_experts(
     return combine(expert_mlp(flat, plan, gate, up, down), plan, weight).reshape(x.shape)
 
 
-def ragged_experts(
-    x: jax.Array, ids: jax.Array, weight: jax.Array, gate: Experts, up: Experts, down: Experts
+def grouped_experts(
+    x: jax.Array, ids: jax.Array, weight: jax.Array, gate: Weights, up: Weights, down: Weights, *,
+    impl: str,
 ) -> jax.Array:
-    """The same by jax.lax.ragged_dot over tokens sorted by expert: for a TPU, where it is a kernel.
-
-    Elsewhere every expert is computed for every row. Packed experts are expanded all at once.
-    """
+    """The same by products over tokens sorted by expert, `impl` of grouped_matmul: for a TPU."""
     flat, k, experts = x.reshape(-1, x.shape[-1]), ids.shape[-1], _count(gate)
     n, ids = flat.shape[0], ids.reshape(-1)
     mine = (ids >= 0) & (ids < experts)
     ids = jnp.where(mine, ids, experts)
     order = jnp.argsort(ids, stable=True)
     sizes = jnp.zeros(experts, jnp.int32).at[ids].add(1, mode="drop")
+    product = lambda x, w: grouped_matmul(x, w, sizes, impl=impl)  # noqa: E731
     rows = flat[order // k]
-    gate, up, down = (_expanded(w, x.dtype) for w in (gate, up, down))
-    h = jax.nn.silu(jax.lax.ragged_dot(rows, gate, sizes)) * jax.lax.ragged_dot(rows, up, sizes)
-    out = jax.lax.ragged_dot(h, down, sizes)
+    out = product(jax.nn.silu(product(rows, gate)) * product(rows, up), down)
     back = jnp.zeros(n * k, jnp.int32).at[order].set(jnp.arange(n * k, dtype=jnp.int32))
-    out = jnp.where(mine[:, None], out[back], 0).reshape(n, k, -1)
+    out = out[back].reshape(n, k, -1)  # a choice that goes nowhere lies behind the last group: 0
     weight = weight.reshape(n, k).astype(out.dtype)
     return jnp.einsum("nkd,nk->nd", out, weight).reshape(x.shape)
 
 
-def _count(experts: Experts) -> int:
+def _count(experts: Weights) -> int:
     return jax.tree.leaves(experts)[0].shape[0]
 
 
-def _expanded(experts: Experts, dtype: jnp.dtype) -> jax.Array:
-    """All matrices e in out."""
-    if isinstance(experts, jax.Array):
-        return experts.astype(dtype)
-    return jax.lax.map(lambda e: matrix(experts, e, dtype), jnp.arange(_count(experts)))
-
-
 def expert_mlp(
-    x: jax.Array, plan: Dispatch, gate: Experts, up: Experts, down: Experts
+    x: jax.Array, plan: Dispatch, gate: Weights, up: Weights, down: Weights
 ) -> jax.Array:
     """SwiGLU of each row's expert: x n d, gate and up e d f, down e f d -> rows of the buffer.
 

@@ -26,7 +26,7 @@ from kimijax.cache import FAR, LARGE, Cache, lead_slots, run_length
 from kimijax.config import ModelConfig
 from kimijax.errors import UserError
 from kimijax.model import Model, abstract_params
-from kimijax.ops.attend import EXPERTS, Ops, known_impl, local, tiled
+from kimijax.ops.attend import EXPERTS, Ops, experts_by, known_impl, local, tiled
 from kimijax.ops.delta import delta_runs
 from kimijax.parallel import blocks, experts, rules
 from kimijax.parallel.attend import STRATEGIES, check, known, sharded
@@ -48,7 +48,7 @@ class Plan:
     # (attend.py), auto (cost.py)
     train: bool = False  # weights are dealt over data and seq as well
     impl: str | None = None  # of the ops; None: pallas on a TPU, xla elsewhere
-    experts: str | None = None  # tiled or ragged; None: what is fast on the mesh's devices
+    experts: str | None = None  # tiled or grouped; None: what is fast on the mesh's devices
     exchange: str | None = None  # of tokens for experts, gather or ragged; None: the cheaper
     exact: bool = False
     remat: bool = False  # gradients compute layers a second time, and keep their inputs alone
@@ -138,7 +138,7 @@ class Arranged:
 def _ops(plan: Plan) -> Ops:
     axes, on_tpu = plan.axes, plan.mesh.devices.flat[0].platform == "tpu"
     impl = known_impl(plan.impl or ("pallas" if on_tpu else "xla"))
-    compute = EXPERTS[plan.experts or ("ragged" if on_tpu else "tiled")]
+    compute = experts_by(plan.experts, impl)
 
     def attend(q, kv, up, *, scale):
         strategy = plan.strategy

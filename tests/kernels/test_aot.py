@@ -37,6 +37,15 @@ def test_an_op_compiles(job, compiled):
 
 
 @compiler
+def test_a_stack_of_matrices_is_not_copied(compiled):
+    """Of 1.3 GiB and less: no layer of it is sliced out, no scales are laid out anew."""
+    stacks = [r for job, r in compiled.items() if job.case == "few, one layer of 4"]
+    assert len(stacks) == 4
+    for r in stacks:
+        assert r.figures["temp_bytes"] < 8 * 2**20, r.job
+
+
+@compiler
 def test_the_inner_block_is_found_and_its_products_are_counted(results):
     got = results["product"].figures
     # 512^3 MACs, 4 MXUs of 128 x 128: the compiler counts exactly these cycles as busy.

@@ -7,8 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from kernels_pallas.grouped_matmul import Int4
 from kimijax.errors import UserError
-from kimijax.ops.moe import Int4, tiled_experts
+from kimijax.ops.moe import tiled_experts
 from kimijax.parallel.exchange import cheaper
 from kimijax.parallel.mesh import make_mesh
 from kimijax.parallel.plan import Plan
