@@ -6,10 +6,12 @@ remote DMA, and may do so once it was told that the slot is free:
     hop     send slot -> the right one's other slot | work on slot | wait for both | free the slot
 
 Without the last a fast neighbour writes into what is still being read. All wait for both neighbours
-once, at the start: before that their buffers may hold something else.
+once, at the start: before that their buffers may hold something else. Where a device has two cores
+(v5p), each works for half of the heads; the first alone speaks with the neighbours, and both meet
+before a slot is free and after the next has come.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import jax
@@ -17,9 +19,10 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from kernels_pallas.attention.tile import Blocks, Scalars, keys_at, scalars
+from kernels_pallas.attention.tile import VMEM, Blocks, Scalars, keys_at, scalars
 
 Axes = tuple[str, ...]
+SPLIT = pltpu.PARALLEL  # of a pipeline: the dim that cores share out
 
 
 def neighbours(axes: Axes) -> jax.Array:
@@ -31,29 +34,52 @@ def neighbours(axes: Axes) -> jax.Array:
 
 
 class Link(NamedTuple):
-    """To both neighbours; semaphores are scratch of the kernel."""
+    """To both neighbours and between cores; semaphores are scratch of the kernel."""
 
     ways: int
+    cores: int
+    core: jax.Array  # which one this is
     right: dict  # where they are on the mesh
     left: dict
     room: jax.Array  # how often the right one may be written to
+    met: jax.Array  # how often the other core came to a meeting
     sent: jax.Array  # of each kind of what travels
     came: jax.Array
 
     @staticmethod
-    def of(axes: Axes, ends: jax.Array, semaphores) -> "Link":
+    def of(axes: Axes, cores: int, ends: jax.Array, semaphores) -> "Link":
         """From `neighbours` in scalar memory and `semaphores` in scratch."""
         count = len(axes)
         at = lambda first: {a: ends[first + i] for i, a in enumerate(axes)}  # noqa: E731
-        return Link(jax.lax.axis_size(axes), at(0), at(count), *semaphores)
+        ways, core = jax.lax.axis_size(axes), pl.program_id(0)
+        return Link(ways, cores, core, at(0), at(count), *semaphores)
 
-    def meet(self) -> None:
-        """Both neighbours are in this kernel: what it writes to is there."""
-        if self.ways > 1:
-            barrier = pltpu.get_barrier_semaphore()
-            for device in (self.left, self.right):
-                pl.semaphore_signal(barrier, device_id=device)
-            pl.semaphore_wait(barrier, 2)
+    def begin(self, copied: jax.Array, pairs) -> None:
+        """Copy what is one's own, (from, to) of this device, and meet both neighbours."""
+
+        @self.speak
+        def _():
+            for here, there in pairs:
+                copy = pltpu.make_async_copy(here, there, copied)
+                copy.start()
+                copy.wait()
+            if self.ways > 1:
+                barrier = pltpu.get_barrier_semaphore()
+                for device in (self.left, self.right):
+                    pl.semaphore_signal(barrier, device_id=device)
+                pl.semaphore_wait(barrier, 2)
+
+        self.join()
+
+    def speak(self, f: Callable, when=True) -> None:
+        """f() on the core that speaks with the neighbours."""
+        pl.when((self.core == 0) & when)(f)
+
+    def join(self) -> None:
+        """All cores of the device have come here."""
+        if self.cores > 1:
+            pl.semaphore_signal(self.met, core_index=1 - self.core)
+            pl.semaphore_wait(self.met, 1)
 
     def wait_for_room(self) -> None:
         """The right one has read what it got a hop ago."""
@@ -82,18 +108,23 @@ class Link(NamedTuple):
 
 def semaphores(kinds: int) -> list:
     """Scratch for a Link: `kinds` of up to two arrays each."""
-    return [
-        pltpu.SemaphoreType.REGULAR, pltpu.SemaphoreType.DMA((kinds, 2)),
-        pltpu.SemaphoreType.DMA((kinds, 2)),
-    ]
+    count, transfers = pltpu.SemaphoreType.REGULAR, pltpu.SemaphoreType.DMA((kinds, 2))
+    return [count, count, transfers, transfers]
 
 
-def fill(copied: jax.Array, pairs) -> None:
-    """Copy references (from, to) of this device, one after another."""
-    for here, there in pairs:
-        copy = pltpu.make_async_copy(here, there, copied)
-        copy.start()
-        copy.wait()
+class Slots(NamedTuple):
+    """What travels, latents or their gradients: two places for each, in HBM."""
+
+    latent: jax.Array  # 2 b s r
+    rope: jax.Array | None  # 2 b s p
+
+    def at(self, slot) -> list:
+        """One of both places."""
+        return [x.at[slot] for x in self if x is not None]
+
+    def hand_on(self, slot) -> list:
+        """(here, there): what is in this slot goes to the other slot of the next device."""
+        return list(zip(self.at(slot), self.at(1 - slot), strict=True))
 
 
 class Visits(NamedTuple):
@@ -107,7 +138,7 @@ class Visits(NamedTuple):
 def visits(axes: Axes, q_where, kv, blocks: Blocks, by_keys: bool = False) -> Visits:
     """Of queries b 3 t and the visitors in the order in which they come.
 
-    Scalars take as much as those of one device with all keys: 48 bytes for 512 keys.
+    Scalars take as much as those of one device with all keys: at 2M tokens 160 KiB, forward.
     """
     ways = jax.lax.axis_size(axes)
     where = jax.lax.all_gather(keys_at(kv, blocks), axes)
@@ -116,6 +147,12 @@ def visits(axes: Axes, q_where, kv, blocks: Blocks, by_keys: bool = False) -> Vi
     steps = each.count.max(1)
     own = each.queries[0], each.q_pieces[0]
     return Visits(where, Scalars(*own, *(x.reshape(-1) for x in each[2:])), steps)
+
+
+def cores_for(heads: int, interpret) -> int:
+    """Cores that share the heads out: those of the device, or one where they cannot."""
+    there = interpret.num_cores_or_threads if interpret else pltpu.get_tpu_info().num_cores
+    return there if there <= 2 and heads % there == 0 else 1
 
 
 def simulated(interpret):
@@ -128,3 +165,16 @@ def simulated(interpret):
         "cpu", lambda: pltpu.get_tpu_info_for_chip(pltpu.ChipVersion.TPU_V5E, 1)
     )
     return pltpu.InterpretParams() if interpret is True else interpret
+
+
+def compiled_for(axes: Axes, collective: int) -> pltpu.CompilerParams:
+    """A grid of the cores; `collective` is an id that no other kernel of a program has."""
+    return pltpu.CompilerParams(
+        dimension_semantics=("parallel",), vmem_limit_bytes=VMEM, has_side_effects=True,
+        collective_id=collective if jax.lax.axis_size(axes) > 1 else None,
+    )
+
+
+def anywhere(tree):
+    """Specs of arrays that stay in HBM."""
+    return jax.tree.map(lambda _: pl.BlockSpec(memory_space=pl.ANY), tree)

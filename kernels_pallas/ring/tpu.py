@@ -12,47 +12,37 @@ latents 0.5 + 0.1, weights 0.25, out 1 MiB, what was before 1, all twice; made k
 HBM: two slots of the latents.
 """
 
-from typing import NamedTuple
-
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from kernels_pallas.attention.tile import VMEM, Blocks, Scalars, State, blocks_for, queries_at
+from kernels_pallas.attention.tile import Blocks, Scalars, State, blocks_for, queries_at
 from kernels_pallas.attention.tpu import asked_of
 from kernels_pallas.latent.tpu import BLOCK_K, BLOCK_Q, Inputs, keys_of, meet, specs
 from kernels_pallas.partial import Partial
-from kernels_pallas.ring.hops import Axes, Link, fill, neighbours, semaphores, simulated, visits
+from kernels_pallas.ring.hops import (
+    SPLIT,
+    Axes,
+    Link,
+    Slots,
+    anywhere,
+    compiled_for,
+    cores_for,
+    neighbours,
+    semaphores,
+    simulated,
+    visits,
+)
 
-COLLECTIVE = 8  # an id that no other kernel of a program has
-
-
-class Slots(NamedTuple):
-    """What travels: two places for each, in HBM."""
-
-    latent: jax.Array  # 2 b s r
-    rope: jax.Array | None  # 2 b s p
-
-    def at(self, slot) -> list:
-        """One of both places."""
-        return [x.at[slot] for x in self if x is not None]
-
-    def hand_on(self, slot) -> list:
-        """(here, there): what is in this slot goes to the other slot of the next device."""
-        return list(zip(self.at(slot), self.at(1 - slot), strict=True))
-
-
-def slots_for(x: Inputs) -> Slots:
-    """Shapes."""
-    double = lambda x: x is not None and jax.ShapeDtypeStruct((2, *x.shape), x.dtype)  # noqa: E731
-    return Slots(double(x.latent), double(x.rope) or None)
+COLLECTIVE = 8
 
 
 def forward(q, kv, up, *, scale: float, axes: Axes, interpret=False) -> Partial:
     """The op's TPU form. See the package docstring for the contract."""
     (b, t, h, _), s = q.nope.shape, kv.pos.shape[1]
-    blocks = blocks_for(t, s, BLOCK_Q, BLOCK_K, kv.latent.dtype)
+    interpret = simulated(interpret)
+    blocks, cores = blocks_for(t, s, BLOCK_Q, BLOCK_K, kv.latent.dtype), cores_for(h, interpret)
     x = keys_of(kv, up, blocks)._replace(
         q=asked_of(q, scale, blocks), q_where=queries_at(q, blocks)
     )
@@ -67,49 +57,57 @@ def forward(q, kv, up, *, scale: float, axes: Axes, interpret=False) -> Partial:
         known, (steps, ends, x, out, slots, made, copied, *link) = (
             Scalars(*refs[:width]), refs[width:]
         )
-        link = Link.of(axes, ends, link)
+        link = Link.of(axes, cores, ends, link)
         _kernel(known, steps, x, State(*out), slots, made, copied, link, blocks)
 
-    anywhere = lambda tree: jax.tree.map(lambda _: pl.BlockSpec(memory_space=pl.ANY), tree)  # noqa: E731
     shapes = tuple(jax.ShapeDtypeStruct((b, h, rows, length), jnp.float32) for rows in (v, 1, 1))
     out, _ = pl.pallas_call(
         kernel,
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=width + 2,
-            grid=(1,),
+            grid=(cores,),
             in_specs=[anywhere(x)],
             out_specs=(anywhere(shapes), anywhere(slots)),
             scratch_shapes=[made, pltpu.SemaphoreType.DMA, *semaphores(1)],
         ),
         out_shape=(shapes, slots),
-        compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("arbitrary",), vmem_limit_bytes=VMEM,
-            collective_id=COLLECTIVE if jax.lax.axis_size(axes) > 1 else None,
-        ),
-        interpret=simulated(interpret),
+        compiler_params=compiled_for(axes, COLLECTIVE),
+        interpret=interpret,
         name="ring_attention",
     )(*of_hops.known, steps, neighbours(axes), x)
     back = lambda x: jnp.moveaxis(x, 3, 1)[:, :t]  # noqa: E731
     return Partial(back(out[0]), back(out[1])[..., 0], back(out[2])[..., 0])
 
 
+def slots_for(x: Inputs) -> Slots:
+    """Shapes of what travels."""
+    double = lambda x: jax.ShapeDtypeStruct((2, *x.shape), x.dtype)  # noqa: E731
+    return Slots(*jax.tree.map(double, (x.latent, x.rope)))
+
+
+def own(x: Inputs, slots: Slots) -> list:
+    """(from, to): the device's own latents go to the first slot."""
+    mine = [ref for ref in (x.latent, x.rope) if ref is not None]
+    return list(zip(mine, slots.at(0), strict=True))
+
+
 def _kernel(
     known: Scalars, steps, x: Inputs, out: State, slots: Slots, made, copied, link: Link,
     blocks: Blocks,
 ):
-    own = [ref for ref in (x.latent, x.rope) if ref is not None]
-    fill(copied, zip(own, slots.at(0), strict=True))
-    link.meet()
+    link.begin(copied, own(x, slots))
 
     @pl.loop(0, link.ways)
     def _(hop):
         slot = jax.lax.rem(hop, 2)
         going, more = slots.hand_on(slot), hop < link.ways - 1
-        pl.when(more & (hop > 0))(link.wait_for_room)
-        pl.when(more)(lambda: link.send(0, going))
+        link.speak(link.wait_for_room, more & (hop > 0))
+        link.speak(lambda: link.send(0, going), more)
         _attend(known, steps, x, out, slots, made, (hop, slot, link.ways), blocks)
-        pl.when(more)(lambda: link.wait(0, going))
-        pl.when(hop < link.ways - 2)(link.give_room)
+        link.join()
+        link.speak(lambda: link.wait(0, going), more)
+        link.speak(link.give_room, hop < link.ways - 2)
+        link.join()
 
 
 def _attend(
@@ -117,8 +115,8 @@ def _attend(
 ) -> None:
     """Merge a visitor into what all queries have seen."""
     hop, slot, ways = at
-    (b, h, _, t), queries = x.q[0].shape, x.q_where.shape[-1] // blocks.q
-    keys = x.k_where.shape[-1] // blocks.k
+    b, h = x.q[0].shape[:2]
+    queries, keys = x.q_where.shape[-1] // blocks.q, x.k_where.shape[-1] // blocks.k
     latent, *rope = slots.at(slot)
     here = x._replace(latent=latent, rope=rope[0] if rope else None, k_where=x.k_where.at[hop])
 
@@ -143,6 +141,7 @@ def _attend(
     pltpu.emit_pipeline(
         body, grid=(b, h, queries, steps[hop]),
         in_specs=[*_listed(of_inputs), *of_state], out_specs=list(of_state),
+        core_axis=0, dimension_semantics=(pltpu.ARBITRARY, SPLIT, *(pltpu.ARBITRARY,) * 2),
     )(*_listed(here), *out, *out)
 
 
