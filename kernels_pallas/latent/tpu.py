@@ -119,7 +119,9 @@ def _kernel(known: Scalars, x: Inputs, out: Partial, state: State, made, blocks:
     pl.when(last)(lambda: state.write(out))
 
 
-def meet(known: Scalars, pair: tuple, within, x: Inputs, state: State, made, blocks: Blocks) -> None:
+def meet(
+    known: Scalars, pair: tuple, within, x: Inputs, state: State, made, blocks: Blocks
+) -> None:
     """Merge a block of keys into the state of one of queries, if there is such a pair.
 
     pair  places of both among the bounds that are known

@@ -118,9 +118,9 @@ class Slots(NamedTuple):
     latent: jax.Array  # 2 b s r
     rope: jax.Array | None  # 2 b s p
 
-    def at(self, slot) -> list:
-        """One of both places."""
-        return [x.at[slot] for x in self if x is not None]
+    def at(self, *place) -> list:
+        """References to one of the places."""
+        return [x.at[place] for x in self if x is not None]
 
     def hand_on(self, slot) -> list:
         """(here, there): what is in this slot goes to the other slot of the next device."""

@@ -4,8 +4,8 @@
 
 While the pipeline of a hop runs (row, head, block of queries, block of latents: latent/tpu.py) the
 DMA engines bring the next visitor (hops.py). Between hops what a block of queries has seen lies in
-HBM as it is in VMEM, not yet divided: the last hop makes a Partial of it. A hop whose visitor nobody
-here sees has no steps.
+HBM as it is in VMEM, not yet divided: the last hop makes a Partial of it. A hop whose visitor
+nobody here sees has no steps.
 
 VMEM, bfloat16, K2 (latent 512, key 128 + 64, value 128), 2048 queries x 512 keys: queries 0.8 MiB,
 latents 0.5 + 0.1, weights 0.25, out 1 MiB, what was before 1, all twice; made keys 0.25: 8 MiB.

@@ -11,11 +11,11 @@ the device computes its own share, then both are added and the sum goes on.
 After the last hop one more send brings every gradient home. What each core gives to the latents is
 a share of its own.
 
-VMEM as in latent/tpu_bwd.py, bfloat16, K2: 16 MiB; the sum at the end of a hop, three or four blocks
-of 2 MiB twice. HBM: two slots of latents; in float32 two of shares for each core, and what comes.
+VMEM as in latent/tpu_bwd.py, bfloat16, K2: 16 MiB; the sum at the end of a hop, three or four
+blocks of 2 MiB twice. HBM: two slots of latents; in float32 two of shares for each core, and what
+comes.
 """
 
-import functools
 from typing import NamedTuple
 
 import jax
@@ -62,14 +62,15 @@ class Out(NamedTuple):
     query: jax.Array  # b h n+p t
     up: tuple  # h r n and h r v
     slots: Slots
-    shares: tuple[Slots, ...]  # of each core; that of the first becomes the sum and travels
+    shares: Slots  # core 2 b s ...   that of the first core becomes the sum and travels
     came: Slots  # b s r and b s p: the sum of the devices before
 
     def to_add(self, slot) -> list:
         """(here, there): the sum goes to where the next device awaits it."""
-        return list(zip(self.shares[0].at(slot), self.arrived(), strict=True))
+        return list(zip(self.shares.at(0, slot), self.arrived(), strict=True))
 
     def arrived(self) -> list:
+        """References to what came."""
         return [x for x in self.came if x is not None]
 
 
@@ -83,18 +84,18 @@ class Hop(NamedTuple):
 
 def grads(q, kv, up, lse, d_out, delta, *, scale: float, axes: Axes, interpret=False):
     """The op's TPU form. See the package docstring for the contract."""
-    (b, t, h), s = q.nope.shape[:3], kv.pos.shape[1]
-    interpret, cores = simulated(interpret), cores_for(h, simulated(interpret))
+    s, interpret = kv.pos.shape[1], simulated(interpret)
+    cores = cores_for(q.nope.shape[2], interpret)
     asked = ask(q, lse, d_out, delta, scale=scale, block_q=BLOCK_Q)
     blocks = blocks_for(asked.query.where.shape[2], s, BLOCK_Q, BLOCK_K, kv.latent.dtype)
     x = keys_of(kv, up, blocks)
     of_hops = visits(axes, asked.query.where, kv, blocks, by_keys=True)
     x, sums, slots = x._replace(k_where=of_hops.where), start(asked, up), slots_for(x)
-    width, f32 = len(Scalars._fields), lambda x: jax.ShapeDtypeStruct(x.shape, jnp.float32)
-    travels = Slots(x.latent, x.rope)
+    width, travels = len(Scalars._fields), Slots(x.latent, x.rope)
+    f32 = lambda *lead: lambda x: jax.ShapeDtypeStruct((*lead, *x.shape), jnp.float32)  # noqa: E731
     shapes = Out(
-        *jax.tree.map(f32, sums), slots, (jax.tree.map(f32, slots),) * cores,
-        jax.tree.map(f32, travels),
+        *jax.tree.map(f32(), sums), slots, jax.tree.map(f32(cores, 2), travels),
+        jax.tree.map(f32(), travels),
     )
 
     def kernel(*refs):
@@ -148,7 +149,7 @@ def _kernel(
         link.join()
         link.speak(lambda: link.wait(LATENTS, going), more)
         link.speak(lambda: link.wait(GRADIENTS, behind), follows)
-        link.speak(lambda: _add(out, at, blocks))
+        link.speak(lambda: _add(out, at, link.cores, blocks))
         link.speak(link.give_room)
         link.join()
 
@@ -204,34 +205,31 @@ def _share(
         *(spec((None, *w.shape[1:]), lambda b, j, h: (h, 0, 0)) for w in x.up),
     ]
 
-    def pipeline(share: Slots) -> None:
-        pltpu.emit_pipeline(
-            body, grid=(b, keys, h, hop.steps), in_specs=in_specs, out_specs=down, core_axis=0,
-            dimension_semantics=(*(pltpu.ARBITRARY,) * 2, SPLIT, pltpu.ARBITRARY),
-        )(*asked, latent, *rope, x.k_where.at[hop.index], *x.up, *share.at(hop.slot))
-
-    for core, share in enumerate(out.shares):
-        pl.when(link.core == core)(functools.partial(pipeline, share))
+    pltpu.emit_pipeline(
+        body, grid=(b, keys, h, hop.steps), in_specs=in_specs, out_specs=down, core_axis=0,
+        dimension_semantics=(*(pltpu.ARBITRARY,) * 2, SPLIT, pltpu.ARBITRARY),
+    )(
+        *asked, latent, *rope, x.k_where.at[hop.index], *x.up, *out.shares.at(link.core, hop.slot)
+    )
 
 
-def _add(out: Out, hop: Hop, blocks: Blocks) -> None:
+def _add(out: Out, hop: Hop, cores: int, blocks: Blocks) -> None:
     """The share of each core, if there are any, and what came become the sum."""
     b, s, _ = out.came.latent.shape
+    kinds = len(out.arrived())
 
     def body(*refs):
-        for sum_, came, *shares in zip(*_of_kinds(refs, len(out.arrived())), strict=True):
-            shares = [jnp.where(hop.steps > 0, share[...], 0.0) for share in shares]
-            sum_[...] = functools.reduce(jnp.add, shares, jnp.where(hop.index > 0, came[...], 0.0))
+        came, *shares, sums = (refs[i : i + kinds] for i in range(0, len(refs), kinds))
+        for kind, sum_ in enumerate(sums):
+            total = jnp.where(hop.index > 0, came[kind][...], 0.0)
+            for share in shares:
+                total += jnp.where(hop.steps > 0, share[kind][...], 0.0)
+            sum_[...] = total
 
-    sums = out.shares[0].at(hop.slot)
-    read = [*out.arrived(), *(x for share in out.shares for x in share.at(hop.slot))]
-    specs = [pl.BlockSpec((None, blocks.k, x.shape[-1]), lambda b, j: (b, j, 0)) for x in sums]
+    shares = [out.shares.at(core, hop.slot) for core in range(cores)]
+    specs = [
+        pl.BlockSpec((None, blocks.k, x.shape[-1]), lambda b, j: (b, j, 0)) for x in out.arrived()
+    ]
     pltpu.emit_pipeline(
-        body, grid=(b, s // blocks.k), in_specs=specs * (1 + len(out.shares)), out_specs=specs,
-    )(*read, *sums)
-
-
-def _of_kinds(refs, kinds: int) -> list:
-    """The outputs come last: they first, then what is read, each of all kinds."""
-    parts = [refs[i : i + kinds] for i in range(0, len(refs), kinds)]
-    return [parts[-1], *parts[:-1]]
+        body, grid=(b, s // blocks.k), in_specs=specs * (1 + cores), out_specs=specs,
+    )(*out.arrived(), *sum(shares, []), *shares[0])

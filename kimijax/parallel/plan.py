@@ -44,8 +44,8 @@ class Plan:
 
     mesh: Mesh
     order: str = "contiguous"  # of the tokens of a row: or zigzag, striped
-    strategy: str = "ring"  # of attention without a cache: or gather, ulysses, hybrid, hybrid:N
-    # (attend.py), auto (cost.py)
+    strategy: str = "ring"  # of attention without a cache: or gather, ulysses, hybrid, hybrid:N,
+    # ring_dma (attend.py), auto (cost.py)
     train: bool = False  # weights are dealt over data and seq as well
     impl: str | None = None  # of the ops; None: pallas on a TPU, xla elsewhere
     experts: str | None = None  # tiled or ragged; None: what is fast on the mesh's devices
