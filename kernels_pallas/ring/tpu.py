@@ -103,7 +103,8 @@ def _kernel(
         going, more = slots.hand_on(slot), hop < link.ways - 1
         link.speak(link.wait_for_room, more & (hop > 0))
         link.speak(lambda: link.send(0, going), more)
-        _attend(known, steps, x, out, slots, made, (hop, slot, link.ways), blocks)
+        at = (hop, slot, steps[hop], link.ways)
+        pl.when(at[2] > 0)(lambda: _attend(known, x, out, slots, made, at, blocks))
         link.join()
         link.speak(lambda: link.wait(0, going), more)
         link.speak(link.give_room, hop < link.ways - 2)
@@ -111,10 +112,10 @@ def _kernel(
 
 
 def _attend(
-    known: Scalars, steps, x: Inputs, out: State, slots: Slots, made, at: tuple, blocks: Blocks
+    known: Scalars, x: Inputs, out: State, slots: Slots, made, at: tuple, blocks: Blocks
 ) -> None:
     """Merge a visitor into what all queries have seen."""
-    hop, slot, ways = at
+    hop, slot, steps, ways = at
     b, h = x.q[0].shape[:2]
     queries, keys = x.q_where.shape[-1] // blocks.q, x.k_where.shape[-1] // blocks.k
     latent, *rope = slots.at(slot)
@@ -139,7 +140,7 @@ def _attend(
 
     of_inputs, of_state = specs(x, blocks, known, hop * b)
     pltpu.emit_pipeline(
-        body, grid=(b, h, queries, steps[hop]),
+        body, grid=(b, h, queries, steps),
         in_specs=[*_listed(of_inputs), *of_state], out_specs=list(of_state),
         core_axis=0, dimension_semantics=(pltpu.ARBITRARY, SPLIT, *(pltpu.ARBITRARY,) * 2),
     )(*_listed(here), *out, *out)

@@ -145,7 +145,7 @@ def _kernel(
         link.speak(lambda: link.send(LATENTS, going), more)
         link.speak(lambda: link.send(GRADIENTS, behind), follows)
         at = Hop(hop, slot, steps[hop])
-        _share(known, q, x, out, scratch, at, link, blocks)
+        pl.when(at.steps > 0)(lambda: _share(known, q, x, out, scratch, at, link, blocks))
         link.join()
         link.speak(lambda: link.wait(LATENTS, going), more)
         link.speak(lambda: link.wait(GRADIENTS, behind), follows)

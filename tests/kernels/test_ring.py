@@ -100,7 +100,7 @@ def _checked(ways, case, params, dtype=jnp.float32) -> None:
 
 
 @pytest.mark.parametrize("execution, zigzag, packed", [
-    ("eager", True, True),
+    ("eager", False, True),
     ("on_wait", False, False),  # all that the first device is sent lies in its future
 ])
 def test_eight_devices(execution, zigzag, packed):
@@ -108,31 +108,27 @@ def test_eight_devices(execution, zigzag, packed):
     _checked(8, (8 * SHARE, 8, 1, zigzag, packed), params)
 
 
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=["f32", "bf16"])
-def test_two_devices_of_two_cores(dtype):
-    """Several blocks and heads; cores meet before a slot is free and when the next has come."""
+def test_two_devices_of_two_cores_in_bfloat16():
+    """Cores share the heads out, and meet before a slot is free and when the next has come."""
     params = pltpu.InterpretParams(detect_races=True, num_cores_or_threads=2)
-    _checked(2, (4 * SHARE, 2, 2, False, True), params, dtype)
+    _checked(2, (2 * SHARE, 2, 2, False, True), params, jnp.bfloat16)
 
 
-def test_a_ring_of_one_is_attention():
-    _checked(1, (SHARE, 1, 1, False, True), pltpu.InterpretParams(detect_races=True))
-
-
-@pytest.mark.parametrize("without, ways, cores", [
-    (("wait_for_room", "give_room"), 4, 1), (("join",), 2, 2),
-], ids=["room", "join"])
-@pytest.mark.parametrize("direction", ["forward", "backward"])
+@pytest.mark.parametrize("direction, without, ways, cores", [
+    ("forward", ("wait_for_room", "give_room"), 3, 1),
+    ("backward", ("wait_for_room", "give_room"), 2, 1),
+    ("forward", ("join",), 1, 2),
+])
 def test_what_keeps_races_away(direction, without, ways, cores, monkeypatch):
     """Without it there is one, and it is found, even where the numbers are right."""
     for name in without:
         monkeypatch.setattr(hops.Link, name, lambda self: None)
     params = pltpu.InterpretParams(detect_races=True, num_cores_or_threads=cores)
     inputs, _, rows, _ = _want(jnp.float32, ways * SHARE, ways, cores, False, False)
-    _forward(ways, inputs, params) if direction == "forward" else _backward(
-        ways, inputs, rows, params
+    jax.block_until_ready(
+        _forward(ways, inputs, params) if direction == "forward"
+        else _backward(ways, inputs, rows, params)
     )
-    jax.effects_barrier()
     assert simulator.races.races_found
 
 
