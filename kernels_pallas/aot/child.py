@@ -126,7 +126,7 @@ def measure(case: aot.Case, chip: str, dumps: str | None) -> dict:
     useful_mxu, which is needed MACs / (MACs a cycle x cycles); block_cycles of all the blocks there
     are. CompileError: it does not compile, or has no such kernel.
     """
-    f, args = case.make()
+    f, args = case.make(*[aot.mesh_of(chip, case.devices)] if case.devices > 1 else [])
     with tempfile.TemporaryDirectory(prefix="kernels_aot_hlo_") as folder:
         aot.compile_for(chip, f, *args, dump=folder)
         found = aot.kernels(aot.program_text(folder))
