@@ -170,7 +170,7 @@ def simulated(interpret):
 def compiled_for(axes: Axes, collective: int) -> pltpu.CompilerParams:
     """A grid of the cores; `collective` is an id that no other kernel of a program has."""
     return pltpu.CompilerParams(
-        dimension_semantics=("parallel",), vmem_limit_bytes=VMEM, has_side_effects=True,
+        dimension_semantics=("parallel",), vmem_limit_bytes=VMEM,
         collective_id=collective if jax.lax.axis_size(axes) > 1 else None,
     )
 

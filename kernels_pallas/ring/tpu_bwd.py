@@ -11,9 +11,9 @@ the device computes its own share, then both are added and the sum goes on.
 After the last hop one more send brings every gradient home. What each core gives to the latents is
 a share of its own.
 
-VMEM as in latent/tpu_bwd.py, bfloat16, K2: 16 MiB; the sum at the end of a hop, three or four
-blocks of 2 MiB twice. HBM: two slots of latents; in float32 two of shares for each core, and what
-comes.
+VMEM, bfloat16, K2: 16 MiB as in latent/tpu_bwd.py, and for the sum at the end of a hop three blocks
+of 2.5 MiB (four with two cores), all twice; the compiler uses some of it for both: 20 to 26 MiB.
+HBM: two slots of latents; in float32 two of shares for each core, and what comes.
 """
 
 from typing import NamedTuple

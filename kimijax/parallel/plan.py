@@ -138,6 +138,11 @@ class Arranged:
 def _ops(plan: Plan) -> Ops:
     axes, on_tpu = plan.axes, plan.mesh.devices.flat[0].platform == "tpu"
     impl = known_impl(plan.impl or ("pallas" if on_tpu else "xla"))
+    if plan.strategy == "ring_dma" and plan.remat and impl == "pallas_interpret":
+        raise UserError(
+            "strategy ring_dma and remat: jax computes no simulated TPU a second time; leave remat "
+            "out, or name strategy ring"
+        )
     compute = EXPERTS[plan.experts or ("ragged" if on_tpu else "tiled")]
 
     def attend(q, kv, up, *, scale):

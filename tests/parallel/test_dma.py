@@ -1,5 +1,6 @@
 """Strategy ring_dma is the ring of ppermute and attention of one device, on simulated TPUs."""
 
+import dataclasses
 import functools
 
 import jax
@@ -52,10 +53,12 @@ def _value_and_grads(call, inputs):
     ({"seq": 2, "expert": 2, "tensor": 2}, "zigzag"), ({"data": 1, "seq": 1}, "contiguous"),
 ], ids=["many", "one"])
 def test_forward_and_every_gradient(mesh, order):
-    axes, inputs = Axes(make_mesh(mesh)), _inputs(order)
-    got = _value_and_grads(sharded(axes, "ring_dma", LATENTS, "pallas_interpret", SCALE), inputs)
+    mesh, inputs = make_mesh(mesh), _inputs(order)
+    plan = Plan(mesh, strategy="ring_dma", impl="pallas_interpret")
+    got = _value_and_grads(functools.partial(plan.ops().attend, scale=SCALE), inputs)
     assert_close(got, _value_and_grads(LOCAL, inputs))
-    assert_close(got, _value_and_grads(sharded(axes, "ring", LATENTS, "xla", SCALE), inputs))
+    ring = sharded(Axes(mesh), "ring", LATENTS, "xla", SCALE)
+    assert_close(got, _value_and_grads(ring, inputs))
 
 
 @pytest.mark.parametrize("source, impl, said", [
@@ -68,8 +71,9 @@ def test_what_cannot_be_is_refused(source, impl, said):
         sharded(Axes(make_mesh({"seq": 2})), "ring_dma", source, impl, SCALE)
 
 
-def test_a_plan_names_it_and_its_default_refuses():
-    q, kv, up = _inputs("contiguous")
+def test_plans_that_cannot_be_are_refused():
     plan = Plan(make_mesh({"seq": 2}), strategy="ring_dma")
     with pytest.raises(UserError, match="which impl xla is not"):
-        jax.eval_shape(functools.partial(plan.ops().attend, scale=SCALE), q, kv, up)
+        plan.ops().attend(*_inputs("contiguous"), scale=SCALE)
+    with pytest.raises(UserError, match="no simulated TPU a second time; leave remat out"):
+        dataclasses.replace(plan, impl="pallas_interpret", remat=True).ops()
