@@ -1,4 +1,7 @@
-"""The ring in one kernel = attention to all latents on one device, on simulated TPUs; no race."""
+"""The ring in one kernel = attention to all latents on one device, on simulated TPUs; no race.
+
+Other orders and meshes of several axes: tests/parallel/test_dma.py.
+"""
 
 import functools
 
@@ -23,7 +26,7 @@ SHARE = 128  # tokens of a device where they are one block
 
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch):
-    """One block in 128 tokens, several in more."""
+    """One block in 128 tokens."""
     monkeypatch.setattr(tile, "LANES", 128)
     monkeypatch.setattr(tile, "PIECE", 128)
     for module in (tpu, tpu_bwd):
@@ -31,8 +34,8 @@ def small_blocks(monkeypatch):
         monkeypatch.setattr(module, "BLOCK_K", 128)
 
 
-def _inputs(tokens, heads, order=None, packed=False, dtype=jnp.float32):
-    """Queries, latents and weights of one row; packed: two documents and some padding."""
+def _inputs(tokens, heads, packed, rows, dtype):
+    """Queries, latents and weights; packed: two documents and some padding."""
     rng = np.random.default_rng(0)
     normal = lambda *shape: jnp.asarray(rng.normal(size=shape), dtype)  # noqa: E731
     at = np.arange(tokens)
@@ -40,25 +43,17 @@ def _inputs(tokens, heads, order=None, packed=False, dtype=jnp.float32):
     seg = np.searchsorted(starts, at, side="right") - 1
     pos = at - starts[seg]
     seg = np.where(at < tokens - 9, seg, -1) if packed else seg
-    order = at if order is None else order
-    pos, seg = (jnp.asarray(x[order][None], jnp.int32) for x in (pos, seg))
-    q = Queries(normal(1, tokens, heads, 8), normal(1, tokens, heads, 4), pos, seg, 0 * pos)
-    kv = Latents(normal(1, tokens, 12), normal(1, tokens, 4), pos, seg)
+    pos, seg = (jnp.asarray(np.stack([x] * rows), jnp.int32) for x in (pos, seg))
+    of_q, of_k = (rows, tokens, heads), (rows, tokens)
+    q = Queries(normal(*of_q, 8), normal(*of_q, 4), pos, seg, 0 * pos)
+    kv = Latents(normal(*of_k, 12), normal(*of_k, 4), pos, seg)
     return q, kv, tuple(0.3 * normal(12, heads, size) for size in (8, 5))
-
-
-def _zigzag(tokens, ways):
-    """Each device has a run from the start and its mirror from the end."""
-    runs = np.arange(tokens).reshape(2 * ways, -1)
-    return np.concatenate([runs[[i, -1 - i]].reshape(-1) for i in range(ways)])
 
 
 @functools.cache
 def _want(dtype, *case):
-    """(inputs, Partial, rows of the backward, gradients) of one device, computed in float32."""
-    tokens, ways, heads, zigzag, packed = case
-    order = _zigzag(tokens, ways) if zigzag else None
-    inputs = _inputs(tokens, heads, order, packed, dtype)
+    """(inputs, Partial, rest of the backward's, gradients) of one device, computed in float32."""
+    inputs = _inputs(*case, dtype)
     wide = jax.tree.map(
         lambda x: x.astype(jnp.float32) if x.dtype == jnp.bfloat16 else x, inputs
     )
@@ -99,19 +94,22 @@ def _checked(ways, case, params, dtype=jnp.float32) -> None:
     assert not simulator.races.races_found
 
 
-@pytest.mark.parametrize("execution, zigzag, packed", [
-    ("eager", False, True),
-    ("on_wait", False, False),  # all that the first device is sent lies in its future
-])
-def test_eight_devices(execution, zigzag, packed):
+@pytest.mark.parametrize("execution", ["eager", "on_wait"])
+def test_eight_devices(execution):
+    """All that the first is sent lies in its future; the last three see none of the first three."""
     params = pltpu.InterpretParams(detect_races=True, dma_execution_mode=execution)
-    _checked(8, (8 * SHARE, 8, 1, zigzag, packed), params)
+    _checked(8, (8 * SHARE, 1, True, 1), params)
 
 
 def test_two_devices_of_two_cores_in_bfloat16():
     """Cores share the heads out, and meet before a slot is free and when the next has come."""
     params = pltpu.InterpretParams(detect_races=True, num_cores_or_threads=2)
-    _checked(2, (2 * SHARE, 2, 2, False, True), params, jnp.bfloat16)
+    _checked(2, (2 * SHARE, 2, True, 1), params, jnp.bfloat16)
+
+
+def test_rows_and_blocks():
+    """What a hop reads and writes in place, it does block by block."""
+    _checked(2, (4 * SHARE, 1, False, 2), pltpu.InterpretParams(detect_races=True))
 
 
 @pytest.mark.parametrize("direction, without, ways, cores", [
@@ -124,7 +122,7 @@ def test_what_keeps_races_away(direction, without, ways, cores, monkeypatch):
     for name in without:
         monkeypatch.setattr(hops.Link, name, lambda self: None)
     params = pltpu.InterpretParams(detect_races=True, num_cores_or_threads=cores)
-    inputs, _, rows, _ = _want(jnp.float32, ways * SHARE, ways, cores, False, False)
+    inputs, _, rows, _ = _want(jnp.float32, ways * SHARE, cores, False, 1)
     jax.block_until_ready(
         _forward(ways, inputs, params) if direction == "forward"
         else _backward(ways, inputs, rows, params)

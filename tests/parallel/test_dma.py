@@ -23,7 +23,7 @@ TOKENS, H, SCALE = 64, 2, 0.3
 LOCAL = functools.partial(attend, scale=SCALE, impl="xla", form="expanded")
 
 
-def _inputs(order: str):
+def _inputs(order: str, rope: bool = True):
     """(queries, latents, weights): two documents in one row, in an order of four devices."""
     places = make_order(order, TOKENS, 4, 1, 0).places
     rng = np.random.default_rng(0)
@@ -31,8 +31,9 @@ def _inputs(order: str):
     pos = jnp.asarray(places[None], jnp.int32)
     seg = (pos >= 40).astype(jnp.int32)
     pos = pos - 40 * seg
-    q = Queries(normal(1, TOKENS, H, 8), normal(1, TOKENS, H, 4), pos, seg, 0 * pos)
-    kv = Latents(normal(1, TOKENS, 16), normal(1, TOKENS, 4), pos, seg)
+    q_rope, k_rope = (normal(1, TOKENS, H, 4), normal(1, TOKENS, 4)) if rope else (None, None)
+    q = Queries(normal(1, TOKENS, H, 8), q_rope, pos, seg, 0 * pos)
+    kv = Latents(normal(1, TOKENS, 16), k_rope, pos, seg)
     return q, kv, (normal(16, H, 8), normal(16, H, 8))
 
 
@@ -49,11 +50,11 @@ def _value_and_grads(call, inputs):
     return jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2), has_aux=True))(q[:2], kv[:2], up)
 
 
-@pytest.mark.parametrize("mesh, order", [
-    ({"seq": 2, "expert": 2, "tensor": 2}, "zigzag"), ({"data": 1, "seq": 1}, "contiguous"),
-], ids=["many", "one"])
-def test_forward_and_every_gradient(mesh, order):
-    mesh, inputs = make_mesh(mesh), _inputs(order)
+@pytest.mark.parametrize("mesh, order, rope", [
+    ({"seq": 2, "expert": 2, "tensor": 2}, "zigzag", True), ({"seq": 1}, "contiguous", False),
+], ids=["many", "one, no rope"])
+def test_forward_and_every_gradient(mesh, order, rope):
+    mesh, inputs = make_mesh(mesh), _inputs(order, rope)
     plan = Plan(mesh, strategy="ring_dma", impl="pallas_interpret")
     got = _value_and_grads(functools.partial(plan.ops().attend, scale=SCALE), inputs)
     assert_close(got, _value_and_grads(LOCAL, inputs))
