@@ -31,6 +31,7 @@ from kernels_pallas import (
     kda,
     latent,
     latent_decode,
+    ring,
     select,
 )
 from kernels_pallas.aot import child
@@ -40,12 +41,14 @@ from kernels_pallas.indexer import cases as indexer_cases
 from kernels_pallas.kda import cases as kda_cases
 from kernels_pallas.latent import cases as latent_cases
 from kernels_pallas.latent_decode import cases as latent_decode_cases
+from kernels_pallas.ring import cases as ring_cases
 from kernels_pallas.select import cases as select_cases
 
 OPS = {
     "attention": attention_cases,
     "latent": latent_cases,
     "latent_decode": latent_decode_cases,
+    "ring": ring_cases,
     "select": select_cases,
     "indexer": indexer_cases,
     "kda": kda_cases,
@@ -77,6 +80,7 @@ def timed(names: list[str]) -> Iterator[dict]:
         "attention": attention.IMPLS,
         "latent": latent.IMPLS,
         "latent_decode": latent_decode.IMPLS,
+        "ring": ring.IMPLS,
         "select": select.IMPLS,
         "indexer": indexer.IMPLS,
         "kda": kda.IMPLS,

@@ -5,6 +5,8 @@ import functools
 import os
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+# Simulated TPUs wait for one another: with fewer threads than devices (two cores) they hang.
+os.environ.setdefault("NPROC", "16")
 # Tests compile much and compute little. The fusion emitters are two thirds of a compilation.
 os.environ["XLA_FLAGS"] = (
     "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true "

@@ -31,7 +31,8 @@ class Chip(NamedTuple):
     the peak asks for as well. The clock is peak / (2 macs mxus cores).
     """
 
-    topology: str  # the smallest that the compiler knows; one chip of it is used
+    topology: str  # the smallest that the compiler knows, of four chips
+    large: str  # one of 64
     cores: int
     mxus: int  # of a core
     macs: int  # bfloat16, of one MXU in a cycle, as the compiler counts cycles
@@ -50,10 +51,10 @@ class Chip(NamedTuple):
 
 
 CHIPS = {
-    "v5e": Chip("v5e:2x2", 1, 4, 2**14, 197e12, 819e9),
-    "v5p": Chip("v5p:2x2x1", 2, 4, 2**14, 459e12, 2765e9),
-    "v6e": Chip("v6e:2x2", 1, 2, 2**17, 918e12, 1638e9),
-    "tpu7x": Chip("tpu7x:2x2x1", 2, 2, 2**17, 2307e12, 7380e9),
+    "v5e": Chip("v5e:2x2", "v5e:8x8", 1, 4, 2**14, 197e12, 819e9),
+    "v5p": Chip("v5p:2x2x1", "v5p:4x4x4", 2, 4, 2**14, 459e12, 2765e9),
+    "v6e": Chip("v6e:2x2", "v6e:8x8", 1, 2, 2**17, 918e12, 1638e9),
+    "tpu7x": Chip("tpu7x:2x2x1", "tpu7x:4x4x4", 2, 2, 2**17, 2307e12, 7380e9),
 }
 
 
@@ -76,7 +77,7 @@ class Case(NamedTuple):
         AOT = {("192/128", "pallas"): Case(_make, frozenset({"ci", "bench"}), "192/128", macs)}
     """
 
-    make: Callable[[], tuple[Callable, tuple]]  # () -> (f, args): trees of ShapeDtypeStruct
+    make: Callable[..., tuple[Callable, tuple]]  # () -> (f, args): trees of ShapeDtypeStruct
     tags: frozenset[str] = frozenset()  # of "ci", "bench", "k2"
     dims: str = ""  # as "192/128": of queries and keys / of values
     macs: int | None = None  # needed by a block: no padding, nothing twice
@@ -84,6 +85,7 @@ class Case(NamedTuple):
     block: int = 0
     largest: bool = True
     pairs: int = BLOCK_PAIRS  # of queries and keys in a block, to compare blocks of other sizes
+    devices: int = 1  # more: make(mesh) of so many on one axis, and args say where they lie
 
 
 class CompileError(RuntimeError):
@@ -114,8 +116,8 @@ def environment(dumps: str | None = None) -> dict[str, str]:
 
 
 @functools.cache
-def _placement(chip: str) -> jax.sharding.Sharding:
-    """One chip of those that are not there."""
+def mesh_of(chip: str, devices: int = 1) -> jax.sharding.Mesh:
+    """So many, of up to 64, that are not there, on one axis."""
     from jax.experimental import topologies
 
     if chip not in CHIPS:
@@ -124,22 +126,27 @@ def _placement(chip: str) -> jax.sharding.Sharding:
         raise CompileError(why)
     for name, value in ALONE.items():
         os.environ.setdefault(name, value)
-    known = topologies.get_topology_desc(platform="tpu", topology_name=CHIPS[chip].topology)
-    mesh = jax.sharding.Mesh(np.array(known.devices)[:1], ("chip",))
-    return jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+    topology = CHIPS[chip].topology if devices <= 4 else CHIPS[chip].large
+    known = topologies.get_topology_desc(platform="tpu", topology_name=topology)
+    return jax.sharding.Mesh(np.array(known.devices)[:devices], ("chip",))
 
 
 def compile_for(chip: str, f: Callable, *args, dump: str | None = None) -> jax.stages.Compiled:
-    """`f` of abstract arguments (trees of ShapeDtypeStruct), compiled for one chip.
+    """`f` of abstract arguments (trees of ShapeDtypeStruct), compiled for one chip, or for the mesh
+    that they name.
 
     dump  a folder for what XLA says of the program, such as `program_text` reads
 
     CompileError: libtpu is missing, or the compiler refuses. What `f` raises passes through.
     """
-    place = _placement(chip)
-    args = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), args)
+    named = [x.sharding.mesh for x in jax.tree.leaves(args) if x.sharding]
+    mesh = named[0] if named else mesh_of(chip)
+    place = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+    args = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding or place), args
+    )
     # Some kernels ask at trace time what chip they are for: without a mesh, jax names the host.
-    with jax.sharding.use_abstract_mesh(place.mesh.abstract_mesh):
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
         lowered = jax.jit(f).lower(*args)
     try:
         return lowered.compile(compiler_options=dump and {"xla_dump_to": dump})

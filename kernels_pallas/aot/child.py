@@ -127,7 +127,7 @@ def measure(case: aot.Case, chip: str, dumps: str | None) -> dict:
     (MACs a cycle x cycles); block_cycles of all the blocks there are. CompileError: it does not
     compile, or has no such kernel.
     """
-    f, args = case.make()
+    f, args = case.make(*[aot.mesh_of(chip, case.devices)] if case.devices > 1 else [])
     with tempfile.TemporaryDirectory(prefix="kernels_aot_hlo_") as folder:
         compiled = aot.compile_for(chip, f, *args, dump=folder)
         found = aot.kernels(aot.program_text(folder))

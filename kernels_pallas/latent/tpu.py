@@ -76,7 +76,7 @@ def forward(q, kv, up, *, scale: float, interpret: bool = False) -> Partial:
     )
     known = scalars(x.q_where, x.k_where, blocks)
     (n, v), length, width = (w.shape[2] for w in x.up), x.q_where.shape[-1], len(Scalars._fields)
-    in_specs, out_specs = _specs(x, blocks)
+    in_specs, out_specs = specs(x, blocks)
     keys = x.k_where.shape[-1] // blocks.k
 
     def kernel(*refs):
@@ -114,8 +114,20 @@ def _kernel(known: Scalars, x: Inputs, out: Partial, state: State, made, blocks:
     last = j == pl.num_programs(3) - 1
     block_q = row * pl.num_programs(2) + i
     block_k = row * keys + known.first[block_q] + j
-    decision = decide(known, block_q, block_k, j < known.count[block_q])
     pl.when(j == 0)(state.clear)
+    meet(known, (block_q, block_k), j < known.count[block_q], x, state, made, blocks)
+    pl.when(last)(lambda: state.write(out))
+
+
+def meet(
+    known: Scalars, pair: tuple, within, x: Inputs, state: State, made, blocks: Blocks
+) -> None:
+    """Merge a block of keys into the state of one of queries, if there is such a pair.
+
+    pair  places of both among the bounds that are known
+    made  scratch for the key and the value of a piece
+    """
+    decision = decide(known, *pair, within)
 
     def rope(rows):
         return None if x.rope is None else x.rope[rows]
@@ -145,35 +157,40 @@ def _kernel(known: Scalars, x: Inputs, out: Partial, state: State, made, blocks:
             of_q, of_k = (query, blocks.q_piece), (start, blocks.k_piece)
             attend(sides, state, blocks.lanes, of_q, of_k, masked=True)
 
-        by_pieces(known, block_q, block_k, blocks, prepare, use)
-
-    pl.when(last)(lambda: state.write(out))
+        by_pieces(known, *pair, blocks, prepare, use)
 
 
-def _specs(x: Inputs, blocks: Blocks) -> tuple[Inputs, Partial]:
-    """Blocks of the inputs and outputs; latents that nobody needs are not read."""
+def specs(x: Inputs, blocks: Blocks, known: Scalars | None = None, row=0) -> tuple[Inputs, Partial]:
+    """Blocks of the inputs and outputs; latents that nobody needs are not read.
+
+    known, row  where they are no scalar prefetch: the references, and the first row to look up
+    """
     queries = x.q_where.shape[-1] // blocks.q
 
     def spec(shape, index):
-        def at(b, h, i, j, *known):
-            return index(b, h, i, nth(Scalars(*known), b * queries + i, j))
+        return pl.BlockSpec(shape, lambda b, h, i, *_: index(b, h, i))
+
+    def met(shape, index):
+        def at(b, h, i, j, *fetched):
+            of_q = (row + b) * queries + i
+            return index(b, nth(known or Scalars(*fetched), of_q, j))
 
         return pl.BlockSpec(shape, at)
 
     def across(n):
-        return n and spec((None, None, n, blocks.q), lambda b, h, i, j: (b, h, 0, i))
+        return n and spec((None, None, n, blocks.q), lambda b, h, i: (b, h, 0, i))
 
     def shared(n):
-        return n and spec((None, blocks.k, n), lambda b, h, i, j: (b, j, 0))
+        return n and met((None, blocks.k, n), lambda b, j: (b, j, 0))
 
     def own(w):
-        return spec((None, *w.shape[1:]), lambda b, h, i, j: (h, 0, 0))
+        return spec((None, *w.shape[1:]), lambda b, h, i: (h, 0, 0))
 
     p, v = None if x.rope is None else x.rope.shape[2], x.up[1].shape[2]
     of_inputs = Inputs(
         (across(x.q[0].shape[2]), across(p)),
-        spec((None, 3, blocks.q), lambda b, h, i, j: (b, 0, i)),
+        spec((None, 3, blocks.q), lambda b, h, i: (b, 0, i)),
         shared(x.latent.shape[2]), shared(p),
-        spec((None, 2, blocks.k), lambda b, h, i, j: (b, 0, j)), tuple(map(own, x.up)),
+        met((None, 2, blocks.k), lambda b, j: (b, 0, j)), tuple(map(own, x.up)),
     )
     return of_inputs, Partial(across(v), across(1), across(1))

@@ -105,33 +105,59 @@ def _kernel(
     scratch: Scratch, blocks: Blocks, queries: int,
 ):
     half, row, j, of_half, m = (pl.program_id(axis) for axis in range(5))
-    heads, steps, block_k = pl.num_programs(3), pl.num_programs(4), row * pl.num_programs(2) + j
-    head = half * heads + of_half
-    transfer = transfer._replace(hbm=out.query.at[row, head])
+    heads, block_k = pl.num_programs(3), row * pl.num_programs(2) + j
+    at = Step(
+        row, half * heads + of_half, block_k, m, m == pl.num_programs(4) - 1, of_half == 0,
+        of_half == heads - 1,
+    )
+    step(known, at, q, x, out, sums, transfer, scratch, blocks, queries)
 
-    @pl.when(m == 0)
+
+class Step(NamedTuple):
+    """Which step of a grid this is."""
+
+    row: jax.Array
+    head: jax.Array
+    block_k: jax.Array  # the place of its bounds
+    m: jax.Array  # of the blocks of queries that this one meets
+    last: jax.Array  # of these
+    first_head: jax.Array  # of those that come by
+    last_head: jax.Array
+
+
+def step(
+    known: Scalars, at: Step, q: Query, x: Inputs, out: Grown, sums: Sums, transfer: Transfer,
+    scratch: Scratch, blocks: Blocks, queries: int,
+) -> None:
+    """What a block of latents and one of queries give to one another in a head.
+
+    queries  blocks of a row
+    """
+    transfer = transfer._replace(hbm=out.query.at[at.row, at.head])
+
+    @pl.when(at.m == 0)
     def _():
         transfer.state[0], transfer.state[1] = NONE, 0
         sums.key[...], sums.value[...] = jnp.zeros_like(sums.key), jnp.zeros_like(sums.value)
         scratch.key[...], scratch.value[...] = make(x, slice(None))
 
-    @pl.when((m == 0) & (of_half == 0))
+    @pl.when((at.m == 0) & at.first_head)
     def _():
         scratch.d_latent[...] = jnp.zeros_like(scratch.d_latent)
         if sums.rope is not None:
             sums.rope[...] = jnp.zeros_like(sums.rope)
 
-    within = m < known.count[block_k]
-    i = jnp.where(within, known.first[block_k] + m, 0)
+    within = at.m < known.count[at.block_k]
+    i = jnp.where(within, known.first[at.block_k] + at.m, 0)
     of_k = Key((scratch.key, x.rope), scratch.value, x.k_where)
-    visit(known, (row * queries, i), block_k, within, q, of_k, sums, transfer, blocks)
+    visit(known, (at.row * queries, i), at.block_k, within, q, of_k, sums, transfer, blocks)
 
-    @pl.when(m == steps - 1)
+    @pl.when(at.last)
     def _():
         transfer.settle(sums)
-        _pull(x, sums, scratch, tuple(w.at[head] for w in out.up))
+        _pull(x, sums, scratch, tuple(w.at[at.head] for w in out.up))
 
-    @pl.when((m == steps - 1) & (of_half == heads - 1))
+    @pl.when(at.last & at.last_head)
     def _():
         out.latent[...] = scratch.d_latent[...]
         if sums.rope is not None:
@@ -154,6 +180,24 @@ def _pull(x: Inputs, sums: Sums, scratch: Scratch, d_up: tuple) -> None:
         after.wait()
 
 
+def scratch_for(x: Inputs, blocks: Blocks) -> list:
+    """Shapes, for `named_scratch`."""
+    (n, v), r = (w.shape[2] for w in x.up), x.latent.shape[2]
+    p = 0 if x.rope is None else x.rope.shape[2]
+    vmem = lambda *shape: pltpu.VMEM(shape, jnp.float32)  # noqa: E731
+    return [
+        vmem(blocks.k, n), vmem(blocks.k, p) if p else None, vmem(blocks.k, v),
+        *query_scratch(n, p, blocks),
+        *(pltpu.VMEM((blocks.k, size), x.latent.dtype) for size in (n, v)),
+        vmem(blocks.k, r), (vmem(r, n), vmem(r, v)), pltpu.SemaphoreType.DMA,
+    ]
+
+
+def named_scratch(refs) -> tuple[Sums, Transfer, Scratch]:
+    """References to scratch by name; where a Transfer goes is not known yet."""
+    return Sums(*refs[:5]), Transfer(None, *refs[5:8]), Scratch(*refs[8:])
+
+
 def _call(
     q: Query, x: Inputs, sums: tuple, known: Scalars, blocks: Blocks, interpret: bool
 ) -> Grown:
@@ -169,12 +213,10 @@ def _call(
 
     def kernel(*refs):
         known, (of_q, of_x, _, *refs) = Scalars(*refs[:width]), refs[width:]
-        out, sums, transfer = Grown(*refs[:4]), Sums(*refs[4:9]), Transfer(None, *refs[9:12])
-        scratch = Scratch(*refs[12:])
-        _kernel(known, of_q, of_x, out, sums, transfer, scratch, blocks, t // blocks.q)
+        out, scratch = Grown(*refs[:4]), named_scratch(refs[4:])
+        _kernel(known, of_q, of_x, out, *scratch, blocks, t // blocks.q)
 
     in_specs, out_specs = _specs(q, x, blocks, shapes, h // halves, keys)
-    vmem = lambda *shape: pltpu.VMEM(shape, jnp.float32)  # noqa: E731
     first = width + len(jax.tree.leaves((q, x)))
     out = pl.pallas_call(
         kernel,
@@ -183,12 +225,7 @@ def _call(
             grid=(halves, b, keys, h // halves, jnp.maximum(known.count.max(), 1)),
             in_specs=in_specs,
             out_specs=out_specs,
-            scratch_shapes=[
-                vmem(blocks.k, n), vmem(blocks.k, p) if p else None, vmem(blocks.k, v),
-                *query_scratch(n, p, blocks),
-                *(pltpu.VMEM((blocks.k, size), x.latent.dtype) for size in (n, v)),
-                vmem(blocks.k, r), (vmem(r, n), vmem(r, v)), pltpu.SemaphoreType.DMA,
-            ],
+            scratch_shapes=scratch_for(x, blocks),
         ),
         out_shape=list(shapes),
         input_output_aliases={first + i: i for i in range(3)},

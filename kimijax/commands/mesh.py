@@ -40,8 +40,8 @@ def add_layout(parser: argparse.ArgumentParser) -> None:
     add("--order", help="of a row's tokens over the devices of --mesh: contiguous (default), "
         "zigzag or striped")
     add("--strategy", help="of attention on --mesh: ring (default), gather, ulysses, hybrid "
-        "(ulysses along the axis expert, a ring along seq), hybrid:N (ulysses in groups of N) or "
-        "auto")
+        "(ulysses along the axis expert, a ring along seq), hybrid:N (ulysses in groups of N), "
+        "ring_dma (one kernel, of TPUs) or auto")
 
 
 def plan_of(args: argparse.Namespace, **fixed) -> Plan | None:

@@ -1,4 +1,4 @@
-"""Attention of a sharded sequence: one wrapper, four ways to bring keys and queries together.
+"""Attention of a sharded sequence: one wrapper, five ways to bring keys and queries together.
 
 `attend` has the signature of the local one. Its custom_vjp stands outside: forward and backward are
 each a shard_map of their own, residuals are the inputs and (out, lse), and the gradients of the
@@ -9,6 +9,7 @@ shard_map with check_vma=False they came out too large in silence.)
     gather   all latents come to every device (gather.py)
     ulysses  queries of a few heads come together, all latents come to every device (ulysses.py)
     hybrid   ulysses within groups of neighbours, and a ring of the groups (ulysses.py)
+    ring_dma ring as one kernel, which sends by remote DMA; of latents, on TPUs (dma.py)
 
 Groups lie along the last token axis; "hybrid:4" names another size, whatever the axes are.
 """
@@ -25,6 +26,7 @@ from kernels_pallas.partial import Partial
 from kimijax.errors import UserError
 from kimijax.parallel.axes import Axes
 from kimijax.parallel.device import Local, Source, floats_of
+from kimijax.parallel.dma import dma_backward, dma_forward, refused
 from kimijax.parallel.gather import gather_backward, gather_forward
 from kimijax.parallel.ring import ring_backward, ring_forward
 from kimijax.parallel.ulysses import (
@@ -36,11 +38,11 @@ from kimijax.parallel.ulysses import (
 
 FORWARD = {
     "ring": ring_forward, "gather": gather_forward, "ulysses": ulysses_forward,
-    "hybrid": hybrid_forward,
+    "hybrid": hybrid_forward, "ring_dma": dma_forward,
 }
 BACKWARD = {
     "ring": ring_backward, "gather": gather_backward, "ulysses": ulysses_backward,
-    "hybrid": hybrid_backward,
+    "hybrid": hybrid_backward, "ring_dma": dma_backward,
 }
 STRATEGIES = (*FORWARD, "hybrid:N")
 
@@ -49,6 +51,8 @@ STRATEGIES = (*FORWARD, "hybrid:N")
 def sharded(axes: Axes, strategy: str, source: Source, impl: str, scale: float) -> Callable:
     """(q, kv, up) -> Partial over a sequence that lies on `axes.tokens`, differentiable."""
     axes, strategy = meeting(axes, strategy)
+    if strategy == "ring_dma" and (why := refused(axes, source, impl)):
+        raise UserError(why)
     at = Local(axes, source, scale, impl)
     rows, heads = axes.rows, axes.heads
     out_spec, row_spec = axes.queries(), axes.queries()

@@ -44,8 +44,8 @@ class Plan:
 
     mesh: Mesh
     order: str = "contiguous"  # of the tokens of a row: or zigzag, striped
-    strategy: str = "ring"  # of attention without a cache: or gather, ulysses, hybrid, hybrid:N
-    # (attend.py), auto (cost.py)
+    strategy: str = "ring"  # of attention without a cache: or gather, ulysses, hybrid, hybrid:N,
+    # ring_dma (attend.py), auto (cost.py)
     train: bool = False  # weights are dealt over data and seq as well
     impl: str | None = None  # of the ops; None: pallas on a TPU, xla elsewhere
     experts: str | None = None  # tiled or grouped; None: what is fast on the mesh's devices
@@ -138,6 +138,11 @@ class Arranged:
 def _ops(plan: Plan) -> Ops:
     axes, on_tpu = plan.axes, plan.mesh.devices.flat[0].platform == "tpu"
     impl = known_impl(plan.impl or ("pallas" if on_tpu else "xla"))
+    if plan.strategy == "ring_dma" and plan.remat and impl == "pallas_interpret":
+        raise UserError(
+            "strategy ring_dma and remat: jax computes no simulated TPU a second time; leave remat "
+            "out, or name strategy ring"
+        )
     compute = experts_by(plan.experts, impl)
 
     def attend(q, kv, up, *, scale):
