@@ -94,13 +94,16 @@ def _checked(ways, case, params, dtype=jnp.float32) -> None:
     assert not simulator.races.races_found
 
 
-@pytest.mark.parametrize("execution", ["eager", "on_wait"])
+@pytest.mark.parametrize(
+    "execution", ["on_wait", pytest.param("eager", marks=pytest.mark.slow)]
+)
 def test_eight_devices(execution):
     """All that the first is sent lies in its future; the last three see none of the first three."""
     params = pltpu.InterpretParams(detect_races=True, dma_execution_mode=execution)
     _checked(8, (8 * SHARE, 1, True, 1), params)
 
 
+@pytest.mark.slow
 def test_two_devices_of_two_cores_in_bfloat16():
     """Cores share the heads out, and meet before a slot is free and when the next has come."""
     params = pltpu.InterpretParams(detect_races=True, num_cores_or_threads=2)
