@@ -36,9 +36,9 @@ def one_pass(name: str):
 
 @pytest.mark.parametrize("name, size", [
     ("needle", 64),
-    ("kimi", 1),
+    pytest.param("kimi", 1, marks=pytest.mark.slow),
     pytest.param("needle", 1, marks=pytest.mark.slow),
-    pytest.param("kimi", 64, marks=pytest.mark.slow),
+    ("kimi", 64),
 ])
 def test_through_the_cache(name, size, ids):
     """Calls of `size` tokens, the cache in the carry of a scan."""

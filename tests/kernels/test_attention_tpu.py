@@ -100,7 +100,9 @@ def test_bounds_never_say_what_masks_deny(rng):
     assert skipped > 1000 and whole > 200  # the bounds are of use
 
 
-@pytest.mark.parametrize("execution", ["eager", "on_wait"])
+@pytest.mark.parametrize(
+    "execution", ["on_wait", pytest.param("eager", marks=pytest.mark.slow)]
+)
 def test_transfers_of_the_backward_have_no_race(rng, small_blocks, execution):
     """Gradients of queries go to HBM and back beside the work; on a simulated TPU."""
     from jax._src.pallas.mosaic.interpret import interpret_pallas_call as simulator

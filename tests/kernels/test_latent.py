@@ -83,7 +83,9 @@ def test_bfloat16_is_near_the_float32_reference(impl, small_blocks):
     assert_close((got.out, got.lse, d_got), (want.out, want.lse, d_want), jnp.bfloat16)
 
 
-@pytest.mark.parametrize("execution", ["eager", "on_wait"])
+@pytest.mark.parametrize(
+    "execution", ["on_wait", pytest.param("eager", marks=pytest.mark.slow)]
+)
 def test_transfers_of_the_backward_have_no_race(rng, small_blocks, execution):
     """Gradients of queries and of weights go to HBM and back; on a simulated TPU."""
     from jax._src.pallas.mosaic.interpret import interpret_pallas_call as simulator

@@ -110,6 +110,7 @@ def test_two_devices_of_two_cores_in_bfloat16():
     _checked(2, (2 * SHARE, 2, True, 1), params, jnp.bfloat16)
 
 
+@pytest.mark.slow
 def test_rows_and_blocks():
     """What a hop reads and writes in place, it does block by block."""
     _checked(2, (4 * SHARE, 1, False, 2), pltpu.InterpretParams(detect_races=True))
@@ -118,7 +119,7 @@ def test_rows_and_blocks():
 @pytest.mark.parametrize("direction, without, ways, cores", [
     ("forward", ("wait_for_room", "give_room"), 3, 1),
     ("backward", ("wait_for_room", "give_room"), 2, 1),
-    ("forward", ("join",), 1, 2),
+    pytest.param("forward", ("join",), 1, 2, marks=pytest.mark.slow),
 ])
 def test_what_keeps_races_away(direction, without, ways, cores, monkeypatch):
     """Without it there is one, and it is found, even where the numbers are right."""

@@ -70,7 +70,8 @@ def test_bfloat16_is_near_the_float32_reference(rng, small):
 
 
 @pytest.mark.parametrize("execution, dims", [
-    ("eager", {"m": 4, "t": 10}), ("on_wait", {"m": 4, "t": 10}), ("on_wait", {"m": 1, "t": 40}),
+    pytest.param("eager", {"m": 4, "t": 10}, marks=pytest.mark.slow),
+    ("on_wait", {"m": 4, "t": 10}), ("on_wait", {"m": 1, "t": 40}),
 ], ids=["eager, two parts", "two parts", "one tile"])
 def test_copies_have_no_race(rng, small, execution, dims):
     """On a simulated TPU of two cores; blocks come ahead of the work, sums go back after it."""

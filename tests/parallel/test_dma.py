@@ -52,7 +52,8 @@ def _value_and_grads(call, inputs):
 
 @pytest.mark.parametrize("mesh, order, rope", [
     pytest.param({"seq": 2, "expert": 2, "tensor": 2}, "zigzag", True, marks=pytest.mark.slow),
-    ({"seq": 2}, "zigzag", True), ({"seq": 1}, "contiguous", False),
+    ({"seq": 2}, "zigzag", True),
+    pytest.param({"seq": 1}, "contiguous", False, marks=pytest.mark.slow),
 ], ids=["eight", "two", "one, no rope"])
 def test_forward_and_every_gradient(mesh, order, rope):
     mesh, inputs = make_mesh(mesh), _inputs(order, rope)

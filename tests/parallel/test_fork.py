@@ -48,7 +48,10 @@ def continued(name, ops, params, ids, chunk):
 
 @pytest.mark.parametrize(
     "name, sizes, chunk",
-    [("needle", {"seq": 8}, NEW - 3), ("kimi", {"data": 2, "seq": 2, "expert": 2}, 0)],
+    [
+        ("needle", {"seq": 8}, NEW - 3),
+        pytest.param("kimi", {"data": 2, "seq": 2, "expert": 2}, 0, marks=pytest.mark.slow),
+    ],
 )
 def test_a_fork_of_a_dealt_cache_is_that_of_a_local_one(name, sizes, chunk):
     ids = np.random.default_rng(0).integers(0, 64, (2, DOCUMENT)).astype(np.int32)

@@ -95,6 +95,7 @@ def test_scales_that_cannot_be_dealt_out_are_one_line(form, kimijax, tmp_path):
     assert "ffn.down_scale: its dim 'ffn' of 1 is no multiple of tensor = 2; choose a" in line
 
 
+@pytest.mark.slow
 def test_needles_are_found_as_on_one_device(kimijax, tmp_path, monkeypatch):
     """The document lies on eight devices; questions stand on it, and it is not copied."""
     monkeypatch.setattr(metrics, "matmul_peak", lambda: 1.0)
