@@ -38,7 +38,7 @@ def one_pass(name: str):
     ("needle", 64),
     pytest.param("kimi", 1, marks=pytest.mark.slow),
     pytest.param("needle", 1, marks=pytest.mark.slow),
-    ("kimi", 64),
+    pytest.param("kimi", 64, marks=pytest.mark.slow),
 ])
 def test_through_the_cache(name, size, ids):
     """Calls of `size` tokens, the cache in the carry of a scan."""
