@@ -59,8 +59,8 @@ $(PARITY_STAMP): $(STAMP)
 # environment of its own because jax, where it finds libtpu, looks for a TPU and says what it misses.
 aot: $(AOT_STAMP)
 	@if [ -s $(AOT_STAMP) ]; then cat $(AOT_STAMP); else \
-	  JAX_PLATFORMS=cpu .venv-aot/bin/python -m \
-	  $(if $(SAMPLE),pytest -q tests/kernels/test_aot.py tests/parallel/test_aot.py,kernels_pallas.aot) $(ARGS); fi
+	  JAX_PLATFORMS=cpu .venv-aot/bin/python -m $(if $(SAMPLE),pytest -q \
+	  tests/kernels/test_aot.py tests/parallel/test_aot.py,kernels_pallas.aot) $(ARGS); fi
 
 $(AOT_STAMP): $(STAMP)
 	$(call beside,.venv-aot)

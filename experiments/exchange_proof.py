@@ -2,7 +2,7 @@
 
 Ask     Bytes per chip of one layer's routed experts, forward and forward with backward.
 Run     python -m experiments.exchange_proof [--tokens 4096] [--only ragged]
-Cost    10 minutes on 2 busy cores; needs libtpu (the extra [tpu]) and no TPU.
+Cost    10 minutes on 2 busy cores; needs libtpu (the extra [aot]) and no TPU.
 Answer  v5p, 4096 tokens a chip: ragged 8.8 GiB of temporaries forward and 18.2 GiB with backward of
         95.7; gather 56.1 GiB forward, and 140.7 with backward: it does not fit.
 

@@ -168,11 +168,10 @@ def usual_impl() -> str:
 
 
 @functools.cache
-def local(impl: str = "xla", exact: bool = False, experts: str | None = None) -> Ops:
+def local(impl: str = "xla", exact: bool = False) -> Ops:
     """Operations on one device. The same arguments give the same object, so programs are shared.
 
-    impl     of the ops: "ref", "xla", "pallas" (a TPU) or "pallas_interpret" (the same, slowly)
-    experts  "tiled" or "grouped"; None: grouped if impl is "pallas", else tiled
+    impl  of the ops: "ref", "xla", "pallas" (a TPU) or "pallas_interpret" (the same, slowly)
     """
     impl = known_impl(impl)
     return Ops(
@@ -183,6 +182,6 @@ def local(impl: str = "xla", exact: bool = False, experts: str | None = None) ->
         top_blocks=partial(top_blocks, impl=impl),
         delta=partial(delta_runs, impl=impl),
         kda=partial(kda, impl=impl),
-        experts=experts_by(experts, impl),
+        experts=experts_by(None, impl),
         exact=exact,
     )

@@ -57,16 +57,12 @@ def sharded(axes: Axes, strategy: str, source: Source, impl: str, scale: float) 
     rows, heads = axes.rows, axes.heads
     out_spec, row_spec = axes.queries(), axes.queries()
     specs = functools.partial(_specs, axes, source)
-
-    def wrap(f, in_specs, out_specs):
-        return jax.shard_map(
-            f, mesh=axes.mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False
-        )
+    wrap = functools.partial(jax.shard_map, mesh=axes.mesh, check_vma=False)
 
     def forward(q, kv, up):
         out = Partial(out_spec, row_spec, row_spec)
         f = lambda *args: Partial(*FORWARD[strategy](at, *args))  # noqa: E731
-        return wrap(f, specs(q, kv, up), out)(q, kv, up)
+        return wrap(f, in_specs=specs(q, kv, up), out_specs=out)(q, kv, up)
 
     @jax.custom_vjp
     def attend(q, kv, up):
@@ -97,8 +93,8 @@ def sharded(axes: Axes, strategy: str, source: Source, impl: str, scale: float) 
         of_q, of_kv, of_up = specs(q, kv, up)
         d_q, d_kv, d_up = wrap(
             local,
-            (of_q, of_kv, of_up, row_spec, out_spec, row_spec),
-            ((of_q.nope, of_q.rope), floats_of(of_kv), of_up),
+            in_specs=(of_q, of_kv, of_up, row_spec, out_spec, row_spec),
+            out_specs=((of_q.nope, of_q.rope), floats_of(of_kv), of_up),
         )(q, kv, up, lse, d_out, delta)
         cast = lambda d, x: jax.tree.map(lambda d, x: d.astype(x.dtype), d, x)  # noqa: E731
         d_nope, d_rope = cast(d_q, (q.nope, q.rope))

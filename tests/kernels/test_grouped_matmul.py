@@ -1,6 +1,5 @@
 """grouped_matmul: xla and the kernels of a TPU = ref, for any sizes of groups and forms held."""
 
-
 import jax
 import jax.numpy as jnp
 import pytest
