@@ -1,132 +1,27 @@
 """One visible training loop around a pure, donated step."""
 
-import functools
 import json
 import os
 import signal
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-import flax.linen as nn
 import jax
-import jax.numpy as jnp
 import numpy as np
-import optax
-from jax.sharding import NamedSharding, PartitionSpec
-from jax.tree_util import DictKey, tree_flatten_with_path, tree_map_with_path
 from tqdm import tqdm
 
 from kimijax.checkpoint import restore_latest, save_state
 from kimijax.errors import UserError
-from kimijax.model import Model
-from kimijax.ops.attend import local
-from kimijax.parallel.plan import Plan
 from kimijax.parallel.processes import anywhere, is_first, meet
+from kimijax.train.state import TrainState
 
 SAVE_SECONDS = 60.0
 
 
-class TrainState(NamedTuple):
-    """All that a run is: saved whole, restored whole."""
-
-    step: jax.Array  # int32, steps done
-    params: Any
-    opt_state: Any
-
-
 class Interrupted(Exception):
     """SIGINT or SIGTERM came; the state is saved and the same command goes on from it."""
-
-
-def init_state(
-    model: Model, optimizer: optax.GradientTransformation, seed: int,
-    where: TrainState | None = None,
-) -> TrainState:
-    """A fresh state; a function of the seed alone.
-
-    where  of each array (`state_shardings`); None: on one device
-    """
-    build = jax.jit(functools.partial(_init, model, optimizer), out_shardings=where)
-    return build(np.uint32(seed))
-
-
-def _init(model: Model, optimizer: optax.GradientTransformation, seed: jax.Array) -> TrainState:
-    model = model.clone(ops=local())  # weights depend on none; one token cannot be dealt out
-    ids = jnp.zeros((1, 1), jnp.int32)
-    params = nn.unbox(model.init(jax.random.key(seed), ids, method="logits"))
-    return TrainState(jnp.int32(0), params, optimizer.init(params))
-
-
-def state_shardings(
-    model: Model, optimizer: optax.GradientTransformation, plan: Plan
-) -> TrainState:
-    """Where a plan puts each array of a state: what an optimizer keeps of a weight, with it."""
-    params = plan.shardings(model.cfg)
-    whole = NamedSharding(plan.mesh, PartitionSpec())
-    shapes = jax.eval_shape(functools.partial(_init, model, optimizer), np.uint32(0))
-    keys = lambda path: tuple(k.key for k in path if isinstance(k, DictKey))  # noqa: E731
-    known = {
-        (keys(path), leaf.shape): sharding
-        for (path, leaf), sharding in zip(
-            tree_flatten_with_path(shapes.params)[0], jax.tree.leaves(params), strict=True
-        )
-    }
-
-    def one(path, leaf):
-        names = keys(path)  # the optimizer's own, then the weight's
-        tails = ((names[i:], leaf.shape) for i in range(len(names)))
-        return next((known[tail] for tail in tails if tail in known), whole)
-
-    return TrainState(whole, params, tree_map_with_path(one, shapes.opt_state))
-
-
-def make_step(
-    loss: Callable, optimizer: optax.GradientTransformation, balance_rate: float,
-    where: TrainState | None = None,
-):
-    """jit(state, batch) -> (state, metrics). `loss(params, batch)` gives (scalar, (metrics, aux)).
-
-    aux is the model's report; routers move their correction bias by the load it holds.
-    where  of each array of the state (`state_shardings`); None: on one device
-    """
-
-    def step(state: TrainState, batch):
-        gradient = jax.grad(loss, has_aux=True)
-        grads, (metrics, aux) = gradient(state.params, batch)
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-        params = balance(optax.apply_updates(state.params, updates), aux, balance_rate)
-        metrics |= {"grad_norm": optax.tree.norm(grads)}
-        return TrainState(state.step + 1, params, opt_state), metrics
-
-    # Metrics are whole on every device, as the step count is.
-    return jax.jit(step, donate_argnums=0, out_shardings=where and (where, where.step))
-
-
-def balance(params, aux: tuple, rate: float):
-    """Correction biases moved against the load.
-
-    b += rate (sign(e) - mean sign(e)), e = mean load - load.
-
-    Auxiliary-loss-free balancing as Moonlight trains it (arXiv:2502.16982).
-    """
-    new = dict(params["params"])
-    for i, group in enumerate(aux):
-        for name, report in group.items():
-            if "load" not in report["ffn"]:
-                continue
-            load = report["ffn"]["load"]
-            sign = jnp.sign(load.mean(-1, keepdims=True) - load)
-            at = (f"group_{i}", name, "ffn", "bias")
-            new = _updated(new, at, rate * (sign - sign.mean(-1, keepdims=True)))
-    return {**params, "params": new}
-
-
-def _updated(tree: dict, path: tuple[str, ...], change: jax.Array) -> dict:
-    head, *rest = path
-    value = _updated(tree[head], tuple(rest), change) if rest else tree[head] + change
-    return {**tree, head: value}
 
 
 def fit(
