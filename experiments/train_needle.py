@@ -41,6 +41,27 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_mesh(parser)
 
 
+def optimizer_of(boxed, learning_rate):
+    """optax's own Muon, for embedding and head as well: the published model was trained with it."""
+    import flax.linen as nn
+    import jax
+    import optax
+    from optax.contrib import MuonDimensionNumbers, muon
+
+    from kimijax.optim.matrices import matrices_of
+
+    def numbers_of(names):
+        found = matrices_of(names)
+        return found and MuonDimensionNumbers(*found)
+
+    names = nn.get_partition_spec(boxed)
+    numbers = jax.tree.map(numbers_of, names, is_leaf=lambda x: isinstance(x, tuple))
+    return optax.chain(
+        optax.clip_by_global_norm(1.0),
+        muon(learning_rate, adam_b2=0.95, muon_weight_dimension_numbers=lambda _: numbers),
+    )
+
+
 def loss_of(model):
     """loss(params, batch) -> (scalar, (metrics, aux)) for a NeedleBatch."""
     import jax.numpy as jnp
@@ -101,7 +122,6 @@ def _train(args: argparse.Namespace) -> int:
     from kimijax.data.needles import batch
     from kimijax.model import Model, abstract_params
     from kimijax.ops.attend import local, usual_impl
-    from kimijax.optim.muon import build
     from kimijax.parallel.processes import is_first, on_first
     from kimijax.train import Interrupted, fit, init_state, make_step, state_shardings
 
@@ -113,12 +133,12 @@ def _train(args: argparse.Namespace) -> int:
     text = corpus.concatenate(corpus.load_documents("train"), seed=0)
     schedule = [task for steps, task in phases() for _ in range(steps)]
     lr = optax.warmup_cosine_decay_schedule(0.0, PEAK_LR, WARMUP, len(schedule), PEAK_LR * FINAL)
-    optimizer = build(abstract_params(model), lr)
+    optimizer = optimizer_of(abstract_params(model), lr)
     where = None if plan is None else state_shardings(model, optimizer, plan)
     try:
         state = fit(
             init_state(model, optimizer, args.seed, where),
-            make_step(loss_of(model), optimizer, BALANCE_RATE, where),
+            make_step(loss_of(model), optimizer, balance_rate=BALANCE_RATE, where=where),
             lambda i: batch(schedule[i], text, args.seed, i),
             len(schedule),
             out,

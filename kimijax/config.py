@@ -99,10 +99,12 @@ class WindowConfig:
     window: int | None = 32
     rope: RopeConfig | None = None  # rope.dim may be below head_dim: the rest has no position
     sink: float | None = 0.0  # initial sink logit; None: no sink
+    qk_norm: float | None = None  # epsilon of norms of a head's queries and keys; None: none
 
     def __post_init__(self):
         _positive(self, "heads", "kv_heads", "head_dim")
         _positive(self, *("window",) * (self.window is not None))
+        _positive(self, *("qk_norm",) * (self.qk_norm is not None))
         if self.heads % self.kv_heads:
             raise UserError(f"heads {self.heads} must be a multiple of kv_heads {self.kv_heads}")
         if self.rope and self.rope.dim > self.head_dim:

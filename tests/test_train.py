@@ -9,12 +9,12 @@ import numpy as np
 import optax
 import pytest
 
-from experiments.train_needle import loss_of, phases
+from experiments.train_needle import loss_of, optimizer_of, phases
 from kimijax.data.needles import NeedleTask, batch
 from kimijax.errors import UserError
 from kimijax.model import Model, abstract_params
 from kimijax.ops.attend import local
-from kimijax.optim.muon import build, dimension_numbers
+from kimijax.optim.matrices import matrices_of
 from kimijax.train import Interrupted, balance, fit, init_state, make_step
 from tests.conftest import small_needle
 
@@ -27,8 +27,8 @@ STEPS = 4
 def made():
     """Initial state and jitted step of a small model."""
     model = Model(small_needle(), local(exact=True))
-    optimizer = build(abstract_params(model), optax.constant_schedule(0.01))
-    step = make_step(loss_of(model), optimizer, 1e-3)
+    optimizer = optimizer_of(abstract_params(model), optax.constant_schedule(0.01))
+    step = make_step(loss_of(model), optimizer, balance_rate=1e-3)
     state = jax.device_get(init_state(model, optimizer, 0))
     return lambda: jax.tree.map(jnp.array, state), step  # a copy: the step takes its state's memory
 
@@ -73,15 +73,15 @@ def test_rows_hold_their_needles_and_ask_for_them():
 
 
 def test_matrices_are_told_from_the_rest_by_their_dims():
-    assert dimension_numbers(("layers", "embed", "heads", "head_dim")) == ((1,), (2, 3))
-    assert dimension_numbers(("layers", "heads", "head_dim", "embed")) == ((1, 2), (3,))
-    assert dimension_numbers(("layers", "expert", "ffn", "embed")) == ((2,), (3,))
-    assert dimension_numbers(("layers", "norm")) is None
-    assert dimension_numbers(("layers", "tap", "embed")) is None
+    assert matrices_of(("layers", "embed", "heads", "head_dim")) == ((1,), (2, 3))
+    assert matrices_of(("layers", "heads", "head_dim", "embed")) == ((1, 2), (3,))
+    assert matrices_of(("layers", "expert", "ffn", "embed")) == ((2,), (3,))
+    assert matrices_of(("layers", "norm")) is None
+    assert matrices_of(("layers", "tap", "embed")) is None
 
 
 def test_balance_moves_the_bias_against_the_load():
     params = {"params": {"group_0": {"layer_0": {"ffn": {"bias": jnp.zeros((1, 3))}}}}}
-    aux = ({"layer_0": {"ffn": {"load": jnp.array([[0.8, 0.1, 0.1]])}}},)
-    bias = balance(params, aux, 0.3)["params"]["group_0"]["layer_0"]["ffn"]["bias"]
+    load = {(0, "layer_0"): jnp.array([[0.8, 0.1, 0.1]])}
+    bias = balance(params, load, 0.3)["params"]["group_0"]["layer_0"]["ffn"]["bias"]
     np.testing.assert_allclose(bias, [[-0.4, 0.2, 0.2]], atol=1e-6)

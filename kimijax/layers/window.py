@@ -8,7 +8,7 @@ from kernels_pallas.attention import Keys, Queries
 from kernels_pallas.partial import finish, merge, sink
 from kimijax.cache import Memory, Tokens, keep_last, place, tile_length
 from kimijax.config import WindowConfig
-from kimijax.layers.base import Proj, weight
+from kimijax.layers.base import Proj, RMSNorm, weight
 from kimijax.layers.mla import attend_all
 from kimijax.ops.attend import Ops
 from kimijax.ops.rope import cos_sin, rotate
@@ -30,6 +30,9 @@ class Window(nn.Module):
         kv = ((d, c.kv_heads, c.head_dim), ("embed", "kv_heads", "head_dim"))
         key = Proj(*kv, name="key")("btd,dgk->btgk", x)
         value = Proj(*kv, name="value")("btd,dgk->btgk", x)
+        if c.qk_norm is not None:
+            q = RMSNorm(c.qk_norm, name="q_norm")(q)
+            key = RMSNorm(c.qk_norm, name="k_norm")(key)
         if c.rope:
             cos, sin = cos_sin(tokens.pos, c.rope)
             q, key = (_rotate_first(a, cos, sin, c.rope.dim) for a in (q, key))

@@ -111,14 +111,14 @@ class Plan:
         if b % rows:
             raise UserError(f"{b} rows are no multiple of the mesh axis data = {rows}; add rows")
         order = make_order(self.order, t, self.ways, run_length(cfg), lead_slots(cfg))
+        arranged = Arranged(order, t)
         pos = np.broadcast_to(np.arange(t, dtype=np.int32), (b, t)) if pos is None else pos
         seg = np.zeros((b, t), np.int32) if seg is None else seg
-        pad = ((0, 0), (0, order.length - t))
         moved = {
-            name: np.pad(x, pad, constant_values=fill)[:, order.places]
+            name: arranged.apply(x, fill)
             for name, x, fill in (("ids", ids, 0), ("pos", pos, FAR), ("seg", seg, -1))
         }
-        return {**moved, "runs": order.runs}, Arranged(order, t)
+        return {**moved, "runs": order.runs}, arranged
 
 
 @dataclass(frozen=True)
@@ -127,6 +127,11 @@ class Arranged:
 
     order: Order
     tokens: int
+
+    def apply(self, x: np.ndarray, fill: float) -> np.ndarray:
+        """b t ... in the order given -> b t' ... as the rows were arranged, padded with `fill`."""
+        pad = ((0, 0), (0, self.order.length - self.tokens), *((0, 0),) * (x.ndim - 2))
+        return np.pad(x, pad, constant_values=fill)[:, self.order.places]
 
     def restore(self, x: jax.Array) -> jax.Array:
         """b t' ... of the arranged rows -> b t ... in the order given, padding left out."""

@@ -22,6 +22,8 @@ class TrainState(NamedTuple):
     step: jax.Array  # int32, steps done
     params: Any
     opt_state: Any
+    norm: jax.Array  # running mean of the norms of gradients; 0: there is none yet
+    skipped: jax.Array  # int32, steps whose update was left out
 
 
 def init_state(
@@ -40,7 +42,14 @@ def _init(model: Model, optimizer: optax.GradientTransformation, seed: jax.Array
     model = model.clone(ops=local())  # weights depend on none; one token cannot be dealt out
     ids = jnp.zeros((1, 1), jnp.int32)
     params = nn.unbox(model.init(jax.random.key(seed), ids, method="logits"))
-    return TrainState(jnp.int32(0), params, optimizer.init(params))
+    return fresh(params, optimizer)
+
+
+def fresh(params, optimizer: optax.GradientTransformation) -> TrainState:
+    """The state in which a run from these parameters begins."""
+    return TrainState(
+        jnp.int32(0), params, optimizer.init(params), jnp.float32(0), jnp.int32(0)
+    )
 
 
 def state_shardings(
@@ -63,4 +72,5 @@ def state_shardings(
         tails = ((names[i:], leaf.shape) for i in range(len(names)))
         return next((known[tail] for tail in tails if tail in known), whole)
 
-    return TrainState(whole, params, tree_map_with_path(one, shapes.opt_state))
+    opt_state = tree_map_with_path(one, shapes.opt_state)
+    return TrainState(whole, params, opt_state, whole, whole)

@@ -3,11 +3,10 @@
 import jax
 import optax
 
-from experiments.train_needle import loss_of
+from experiments.train_needle import loss_of, optimizer_of
 from kimijax.data.needles import batch
 from kimijax.model import Model, abstract_params
 from kimijax.ops.attend import local
-from kimijax.optim.muon import build
 from kimijax.parallel.mesh import make_mesh
 from kimijax.parallel.plan import Plan
 from kimijax.train import init_state, make_step, state_shardings
@@ -18,10 +17,10 @@ from tests.test_train import TASK, TEXT
 def trained(plan):
     """(metrics of each of two steps, state after them, where it should lie)."""
     model = Model(small_needle(), local(exact=True) if plan is None else plan.ops())
-    optimizer = build(abstract_params(model), optax.constant_schedule(0.01))
+    optimizer = optimizer_of(abstract_params(model), optax.constant_schedule(0.01))
     where = None if plan is None else state_shardings(model, optimizer, plan)
     state = init_state(model, optimizer, 0, where)
-    step, said = make_step(loss_of(model), optimizer, 1e-3, where), []
+    step, said = make_step(loss_of(model), optimizer, balance_rate=1e-3, where=where), []
     for i in range(2):
         state, metrics = step(state, batch(TASK, TEXT, 0, i))
         said.append(jax.device_get(metrics))

@@ -52,8 +52,9 @@ class Job:
             self.runs, self.restore = self.call.pop("runs"), arranged.restore
             params = self.everywhere(params, plan.shardings(self.cfg))
         optimizer = optax.sgd(0.1)
-        self.state = TrainState(self.whole(np.int32(0)), params, optimizer.init(params))
-        self.step = make_step(self.loss, optimizer, 0.0)
+        zero, one = self.whole(np.int32(0)), self.whole(np.float32(0))
+        self.state = TrainState(zero, params, optimizer.init(params), one, zero)
+        self.step = make_step(self.loss, optimizer)
 
     def everywhere(self, tree, shardings):
         """Host arrays that every process has -> global arrays."""
