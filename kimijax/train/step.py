@@ -50,7 +50,9 @@ def make_step(
         bad = ~jnp.isfinite(norm)
         if spike is not None:
             bad |= (state.norm > 0) & (norm > spike * state.norm)
-        new = jax.lax.cond(bad, left_out, applied, state, found, norm)
+        # Chosen leaf by leaf, which happens in place; jax.lax.cond keeps a second state.
+        new = jax.tree.map(lambda a, b: jnp.where(bad, a, b), state, applied(state, found, norm))
+        new = new._replace(step=state.step + 1, skipped=state.skipped + bad)
         more = {"grad_norm": norm, "skipped": bad.astype(jnp.int32)}
         if found.max_logit:
             more["max_logit"] = jnp.stack([x.max() for x in found.max_logit.values()]).max()
@@ -62,10 +64,7 @@ def make_step(
         params = qk_clip(params, found.max_logit) if qk_clip else params
         mean = jnp.where(state.norm > 0, state.norm, norm)
         mean = NORM_MEMORY * mean + (1 - NORM_MEMORY) * norm
-        return TrainState(state.step + 1, params, opt_state, mean, state.skipped)
-
-    def left_out(state: TrainState, found: Found, norm: jax.Array) -> TrainState:
-        return state._replace(step=state.step + 1, skipped=state.skipped + 1)
+        return TrainState(state.step, params, opt_state, mean, state.skipped)
 
     # Metrics are whole on every device, as the step count is.
     return jax.jit(step, donate_argnums=0, out_shardings=where and (where, where.step))
