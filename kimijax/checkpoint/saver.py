@@ -39,7 +39,7 @@ class Saver:
 
     keep        how many of the newest stay
     keep_every  checkpoints at multiples of so many steps stay for ever; 0: none does
-    Every method is called by all processes of the job. UserError: a checkpoint could not be written.
+    Every method is called by all processes of the job. UserError: a checkpoint was not written.
     """
 
     def __init__(self, directory: str | os.PathLike, keep: int = 2, keep_every: int = 0):
@@ -129,7 +129,8 @@ class Saver:
                 self._replace(new, step)
         except BaseException as error:
             self._give_up(new)
-            expected = isinstance(error, OSError | ValueError | RuntimeError)  # tensorstore's, jax's
+            # Of the file system, of tensorstore, of jax's barriers.
+            expected = isinstance(error, OSError | ValueError | RuntimeError)
             self._failed = _fault(new, error) if expected else error
 
     def _replace(self, new: Path, step: int) -> None:

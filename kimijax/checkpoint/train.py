@@ -1,4 +1,4 @@
-"""The state of a training run: a directory per step, restored on any mesh by any number of processes.
+"""The state of a training run, restored on any mesh by any number of processes.
 
     step_00000123/arrays/             by orbax, every process its own shards
                   leaves.json         names, dtypes and shapes of all arrays
