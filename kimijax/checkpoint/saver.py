@@ -6,10 +6,13 @@ a time. Of several processes each writes its own shards and digests a share of t
 finishes. Whatever happens while one is written, the checkpoints that were there stay whole.
 """
 
+import functools
 import json
 import logging
 import os
+import re
 import shutil
+import sys
 import threading
 from pathlib import Path
 from typing import Any
@@ -154,15 +157,26 @@ class Saver:
 
 
 def _fault(new: Path, error: BaseException) -> UserError:
-    return UserError(f"{new.with_suffix('')}: cannot save the state: {brief(error)}")
+    # tensorstore says why at the end of a long list of paths.
+    code = re.search(r"os_error_code='(\d+)'", str(error))
+    why = os.strerror(int(code[1])) if code else brief(error)
+    return UserError(
+        f"{new.with_suffix('')}: cannot save the state: {why}; make room, earlier checkpoints are "
+        "whole"
+    )
 
 
+@functools.cache
 def _quiet_orbax() -> None:
-    """Without the stack traces that orbax logs of errors which the saver raises."""
-    logger = logging.getLogger("absl")
-    if _not_of_background not in logger.filters:
-        logger.addFilter(_not_of_background)
+    """Of a save that fails, one error is raised; what orbax and tensorstore print of it is not."""
+    logging.getLogger("absl").addFilter(
+        lambda record: not record.pathname.endswith(("async_checkpointer.py", "futures/future.py"))
+    )
+    usual = sys.unraisablehook
 
+    def hook(what):
+        # tensorstore's other writes fail after orbax, at the first one, has closed its loop.
+        if str(what.exc_value) != "Event loop is closed":
+            usual(what)
 
-def _not_of_background(record: logging.LogRecord) -> bool:
-    return not record.pathname.endswith(("async_checkpointer.py", "futures/future.py"))
+    sys.unraisablehook = hook

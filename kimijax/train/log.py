@@ -31,8 +31,8 @@ class Log:
         self, out: Path, done: int, total: int, seen: int, peak: float | None, tensorboard: bool
     ):
         self.path = out / "metrics.jsonl"
-        self._file = _open_until(self.path, done) if is_first() else open(os.devnull, "w")
         self._board = _board(out, done) if tensorboard and is_first() else None
+        self._file = _open_until(self.path, done) if is_first() else open(os.devnull, "w")
         self._bar = tqdm(total=total, initial=seen, unit="tok", unit_scale=True)
         self._peak, self._held, self._since = peak, None, time.perf_counter()
 
@@ -150,4 +150,7 @@ def _board(out: Path, done: int):
         from tensorboardX import SummaryWriter
     except ImportError as error:
         raise UserError("TensorBoard needs tensorboardX: pip install 'kimijax[train]'") from error
-    return SummaryWriter(str(out / "tensorboard"), purge_step=done + 1)  # hides what is done again
+    # What is done again is hidden. Files are named by the second: two starts within one need more.
+    return SummaryWriter(
+        str(out / "tensorboard"), purge_step=done + 1, filename_suffix=f".{done + 1}"
+    )
