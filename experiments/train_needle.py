@@ -11,6 +11,7 @@ Real Python files with pass keys in them, then questions. All of a row is read w
 
 import argparse
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 from kimijax.cli import run_module
@@ -103,6 +104,20 @@ def _check_rows(plan) -> None:
             )
 
 
+def _phases(step, text, seed: int) -> list:
+    """`phases` for the loop; batches are numbered over all of them."""
+    from kimijax.data.needles import batch
+    from kimijax.train import Numbered, Phase
+
+    found, first = [], 0
+    for steps, task in phases():
+        batch_of = partial(lambda task, first, i: batch(task, text, seed, first + i), task, first)
+        batches, tokens = partial(Numbered, batch_of), task.rows * task.length
+        found.append(Phase(f"{task.length} tokens", steps, step, batches, tokens))
+        first += steps
+    return found
+
+
 def main(args: argparse.Namespace) -> int:
     """Train, resuming if interrupted, and write the model."""
     if not 0 <= args.seed < 2**32:
@@ -119,7 +134,6 @@ def _train(args: argparse.Namespace) -> int:
     from kimijax.commands.paths import writable
     from kimijax.config_tree import to_dict
     from kimijax.data import corpus
-    from kimijax.data.needles import batch
     from kimijax.model import Model, abstract_params
     from kimijax.ops.attend import local, usual_impl
     from kimijax.parallel.processes import is_first, on_first
@@ -131,18 +145,18 @@ def _train(args: argparse.Namespace) -> int:
     cfg = presets.needle_2m()
     model = Model(cfg, local(usual_impl(), exact=True) if plan is None else plan.ops())
     text = corpus.concatenate(corpus.load_documents("train"), seed=0)
-    schedule = [task for steps, task in phases() for _ in range(steps)]
-    lr = optax.warmup_cosine_decay_schedule(0.0, PEAK_LR, WARMUP, len(schedule), PEAK_LR * FINAL)
+    total = sum(steps for steps, _ in phases())
+    lr = optax.warmup_cosine_decay_schedule(0.0, PEAK_LR, WARMUP, total, PEAK_LR * FINAL)
     optimizer = optimizer_of(abstract_params(model), lr)
     where = None if plan is None else state_shardings(model, optimizer, plan)
     try:
         state = fit(
             init_state(model, optimizer, args.seed, where),
-            make_step(loss_of(model), optimizer, balance_rate=BALANCE_RATE, where=where),
-            lambda i: batch(schedule[i], text, args.seed, i),
-            len(schedule),
+            _phases(
+                make_step(loss_of(model), optimizer, balance_rate=BALANCE_RATE, where=where),
+                text, args.seed,
+            ),
             out,
-            lambda i: schedule[i].rows * schedule[i].length,
             {
                 "seed": args.seed,
                 "model": to_dict(cfg),

@@ -232,7 +232,7 @@ def test_weights_that_do_not_fit_are_explained(saved, change, why):
 def test_a_state_comes_back_bit_for_bit(tmp_path):
     save_state(tmp_path, 123, STATE)
     assert [path.name for path in tmp_path.iterdir()] == ["step_00000123"]
-    step, got = restore_latest(tmp_path, STATE)
+    step, got, _ = restore_latest(tmp_path, STATE)
     assert step == 123
     assert_same(got, STATE)
 
@@ -250,7 +250,7 @@ def test_an_optimiser_comes_back_from_its_shapes(tmp_path, params):
 
     state = start(params)
     save_state(tmp_path, 1, state)
-    step, got = restore_latest(tmp_path, jax.eval_shape(start, params))
+    step, got, _ = restore_latest(tmp_path, jax.eval_shape(start, params))
     assert step == 1
     assert_same(got, state)
 
@@ -262,7 +262,7 @@ def test_the_newest_are_kept(tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == [f"step_{s:08d}" for s in (2, 3, 10)]
     save_state(tmp_path, 10, {"step": -10}, keep=1)
     assert [path.name for path in tmp_path.iterdir()] == ["step_00000010"]
-    assert restore_latest(tmp_path, {"step": 0}) == (10, {"step": -10})
+    assert restore_latest(tmp_path, {"step": 0}) == (10, {"step": -10}, None)
 
 
 @pytest.mark.parametrize(
@@ -288,7 +288,7 @@ def two_steps(tmp_path_factory):
 
 
 def assert_first_is_used(directory, capsys, reason):
-    step, got = restore_latest(directory, STATE)
+    step, got, _ = restore_latest(directory, STATE)
     assert step == 1
     assert_same(got, STATE | {"seen": 1})
     assert f"{directory / 'step_00000002'}: {reason}" in capsys.readouterr().err
@@ -307,13 +307,13 @@ def test_any_flipped_bit_is_found(two_steps, capsys, monkeypatch):
             flipped = bytearray(data)
             flipped[place] ^= 1 << int(rng.integers(8))
             path.write_bytes(flipped)
-            assert restore_latest(two_steps, STATE) == (1, "step_00000001"), (path, place)
+            assert restore_latest(two_steps, STATE) == (1, "step_00000001", None), (path, place)
             assert path.name in capsys.readouterr().err
         for changed in (data[:-1], data + b"\n"):
             path.write_bytes(changed)
-            assert restore_latest(two_steps, STATE) == (1, "step_00000001"), path
+            assert restore_latest(two_steps, STATE) == (1, "step_00000001", None), path
         path.write_bytes(data)
-    assert restore_latest(two_steps, STATE) == (2, "step_00000002")
+    assert restore_latest(two_steps, STATE) == (2, "step_00000002", None)
 
 
 def test_a_damaged_state_is_named_and_the_one_before_it_used(two_steps, tmp_path, capsys):
@@ -338,7 +338,7 @@ def test_an_interrupted_save_is_ignored(two_steps, tmp_path, capsys, monkeypatch
     def stop(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("kimijax.checkpoint.train._manifest", stop)
+    monkeypatch.setattr("kimijax.checkpoint.saver.write_manifest", stop)
     with pytest.raises(KeyboardInterrupt):
         save_state(run, 4, STATE)
     monkeypatch.undo()
@@ -360,7 +360,7 @@ def test_a_step_saved_again_is_never_without_a_whole_checkpoint(tmp_path, monkey
     with pytest.raises(KeyboardInterrupt):
         save_state(tmp_path, 1, {"run": 2})
     monkeypatch.undo()
-    assert restore_latest(tmp_path, {"run": 0}) == (1, {"run": 1})
+    assert restore_latest(tmp_path, {"run": 0}) == (1, {"run": 1}, None)
     save_state(tmp_path, 1, {"run": 3})
     assert [path.name for path in tmp_path.iterdir()] == ["step_00000001"]
-    assert restore_latest(tmp_path, {"run": 0}) == (1, {"run": 3})
+    assert restore_latest(tmp_path, {"run": 0}) == (1, {"run": 3}, None)

@@ -15,7 +15,7 @@ from kimijax.errors import UserError
 from kimijax.model import Model, abstract_params
 from kimijax.ops.attend import local
 from kimijax.optim.matrices import matrices_of
-from kimijax.train import Interrupted, balance, fit, init_state, make_step
+from kimijax.train import Interrupted, Numbered, Phase, balance, fit, init_state, make_step
 from tests.conftest import small_needle
 
 TASK = NeedleTask(length=256, rows=2, needles=3, questions=1, watched=4)
@@ -41,7 +41,8 @@ def _fit(made, out, stop_at=None, run=None):
             os.kill(os.getpid(), signal.SIGTERM)
         return batch(TASK, TEXT, 0, i)
 
-    return fit(start(), step, batch_of, STEPS, out, lambda i: TASK.rows * TASK.length, run or {})
+    phase = Phase("all", STEPS, step, lambda: Numbered(batch_of), TASK.rows * TASK.length)
+    return fit(start(), [phase], out, run or {})
 
 
 def test_interrupted_and_resumed_is_uninterrupted(made, tmp_path):

@@ -1,83 +1,61 @@
-"""The state of a training run: a directory per step, arrays by orbax, a manifest over all files.
+"""The state of a training run, restored on any mesh by any number of processes.
 
-Orbax does not checksum arrays (flipped bits restore in silence), so a manifest with the size and
-digest of every file is written last and checked first.
+    step_00000123/arrays/             by orbax, every process its own shards
+                  leaves.json         names, dtypes and shapes of all arrays
+                  beside_00000.json   what the loop keeps beside the state, a file per process
+                  manifest.json       size and digest of every file, written last
+
+Saver writes it while training goes on; it is built under step_00000123.tmp and then renamed.
 """
 
-import hashlib
 import json
 import os
 import re
-import shutil
 import sys
 from pathlib import Path
 from types import ModuleType
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kimijax.checkpoint.common import brief, describe, difference, sync
+from kimijax.checkpoint.common import brief, describe, difference
+from kimijax.checkpoint.manifest import damage
 from kimijax.errors import UserError
-from kimijax.parallel.processes import is_first, meet, on_first
+from kimijax.parallel.processes import anywhere
 
-MANIFEST, LEAVES, ARRAYS = "manifest.json", "leaves.json", "arrays"
+LEAVES, ARRAYS, BESIDE = "leaves.json", "arrays", "beside"
 STEP = re.compile(r"step_(\d{8,})(\.old)?")  # .old: on its way out, its successor not yet in place
 
 
-def save_state(directory: str | os.PathLike, step: int, state: object, keep: int = 2) -> None:
-    """Write a pytree of arrays and numbers to directory/step_00000123; keep the newest `keep`.
+class Restored(NamedTuple):
+    """What a checkpoint held."""
 
-    Whatever happens while it writes, the checkpoints that were there stay whole. All processes of
-    a job call it, process 0 writes: its host holds the state.
-    """
-    if keep < 1:
-        raise ValueError(f"{keep=} must be 1 or more")
-    state = on_first(state)
-    if is_first():
-        _replace(Path(directory).absolute(), step, state, keep)
-    meet()
-
-
-def _replace(directory: Path, step: int, state: object, keep: int) -> None:
-    """The new checkpoint once it is whole, then without the oldest ones."""
-    final = directory / f"step_{step:08d}"
-    new, old = final.with_suffix(".tmp"), final.with_suffix(".old")
-    try:
-        shutil.rmtree(new, ignore_errors=True)
-        new.mkdir(parents=True)
-        _write_state(new, state)
-        if final.exists():
-            shutil.rmtree(old, ignore_errors=True)
-            final.rename(old)
-        new.rename(final)
-        sync([directory])
-    except OSError as error:
-        raise UserError(f"{final}: cannot save the state: {brief(error)}") from error
-    finally:
-        shutil.rmtree(new, ignore_errors=True)
-    earlier = [path for at, path in _checkpoints(directory) if at < step]
-    for path in [old, *earlier[keep - 1 :], *directory.glob("step_*.tmp")]:
-        shutil.rmtree(path, ignore_errors=True)
+    step: int
+    state: Any
+    beside: Any  # JSON value that this process saved beside the state
 
 
 def restore_latest(
-    directory: str | os.PathLike, abstract_state: object
-) -> tuple[int, object] | None:
-    """(step, state) of the newest checkpoint that is whole; None if there is none at all.
+    directory: str | os.PathLike, abstract_state: object, verify: bool = True
+) -> Restored | None:
+    """The newest checkpoint that is whole; None if there is none at all. All processes call it.
 
     abstract_state  the state or its description: ShapeDtypeStructs (with the sharding wanted),
                     arrays, numbers. Damaged checkpoints are named on stderr; UserError if no
                     checkpoint is whole or the state in it is another one.
+    verify          False: huge files are not read twice, only names and sizes are compared
     """
     directory = Path(directory).absolute()
     damaged = []
-    for step, path in _checkpoints(directory):
-        if reason := _damage(path):
-            damaged.append(f"{path.name} {reason}")
-            print(f"warning: {path}: {reason} and is not used", file=sys.stderr)
-        else:
-            return step, _read_state(path, abstract_state)
+    for step, path in checkpoints(directory):
+        reason = damage(path, verify)
+        if not anywhere([reason is not None])[0]:
+            return Restored(step, _read_state(path, abstract_state), _read_beside(path))
+        reason = reason or "is damaged, as another process says,"
+        damaged.append(f"{path.name} {reason}")
+        print(f"warning: {path}: {reason} and is not used", file=sys.stderr)
     if damaged:
         raise UserError(
             f"{directory}: no checkpoint is whole: {'; '.join(damaged)}; remove them to start anew"
@@ -85,7 +63,7 @@ def restore_latest(
     return None
 
 
-def _checkpoints(directory: Path) -> list[tuple[int, Path]]:
+def checkpoints(directory: Path) -> list[tuple[int, Path]]:
     """(step, path), newest first."""
     if not directory.exists():
         return []
@@ -96,47 +74,55 @@ def _checkpoints(directory: Path) -> list[tuple[int, Path]]:
     return [(step, path) for step, _, path in sorted(found, reverse=True)]
 
 
-def _orbax() -> ModuleType:
-    # Imported late: 0.4 s and 28 MiB that inference does without.
+def orbax() -> ModuleType:
+    """orbax.checkpoint, imported late: 0.4 s and 28 MiB that inference does without."""
     import orbax.checkpoint
 
     return orbax.checkpoint
 
 
-def _write_state(path: Path, state: object) -> None:
-    """Leaves by name, what they are, and the manifest last, all on the disk on return."""
-    leaves = _leaves(state)
-    (path / LEAVES).write_text(json.dumps(describe(leaves), indent=1))
-    stored = {
-        name: leaf if isinstance(leaf, jax.Array) else np.asarray(leaf)
-        for name, leaf in leaves.items()
-        if np.size(leaf)  # orbax refuses empty arrays; the description says all of them
-    }
-    ocp = _orbax()
-    alone = ocp.options.MultiprocessingOptions(
-        primary_host=0, active_processes={0}, barrier_sync_key_prefix="first"
-    )
-    handler = ocp.StandardCheckpointHandler(multiprocessing_options=alone)
-    with ocp.Checkpointer(handler, multiprocessing_options=alone) as checkpointer:
-        checkpointer.save(path / ARRAYS, args=ocp.args.StandardSave(stored))
-    sync(path.rglob("*"))
-    (path / MANIFEST).write_bytes(_manifest(path))
-    sync([path / MANIFEST, path])
+def leaves_of(tree: object) -> dict[str, object]:
+    """The leaves of a state by name, as checkpoints list them."""
+    paths = jax.tree_util.tree_leaves_with_path(tree)
+    return {jax.tree_util.keystr(path): leaf for path, leaf in paths}
 
 
 def _read_state(path: Path, abstract_state: object) -> object:
-    wanted = _leaves(abstract_state)
-    if wrong := difference(json.loads((path / LEAVES).read_text()), describe(wanted)):
+    wanted = leaves_of(abstract_state)
+    if wrong := difference(_json(path / LEAVES), describe(wanted)):
         raise UserError(
             f"{path}: was made with another configuration: it {wrong}; name another directory or "
             f"remove this one"
         )
     targets = {name: _target(leaf) for name, leaf in wanted.items() if np.size(leaf)}
-    ocp = _orbax()
-    with ocp.Checkpointer(ocp.StandardCheckpointHandler()) as checkpointer:
-        stored = checkpointer.restore(path / ARRAYS, args=ocp.args.StandardRestore(targets))
+    ocp = orbax()
+    try:
+        with ocp.Checkpointer(ocp.StandardCheckpointHandler()) as checkpointer:
+            stored = checkpointer.restore(path / ARRAYS, args=ocp.args.StandardRestore(targets))
+    except (OSError, ValueError) as error:  # tensorstore's own are ValueErrors
+        raise UserError(f"{path}: cannot be read: {brief(error)}; remove it") from error
     leaves = [_like(leaf, stored.get(name)) for name, leaf in wanted.items()]
     return jax.tree.unflatten(jax.tree.structure(abstract_state), leaves)
+
+
+def _read_beside(path: Path) -> Any:
+    """Each process its own; of another number of processes only what was the same in all."""
+    saved = [_json(file) for file in sorted(path.glob(f"{BESIDE}_*.json"))]
+    if len(saved) == jax.process_count():
+        return saved[jax.process_index()]
+    if not saved or any(other != saved[0] for other in saved):
+        raise UserError(
+            f"{path}: {len(saved)} processes saved it, each at its own place in the data, which "
+            f"{jax.process_count()} cannot take over; start {len(saved)}"
+        )
+    return saved[0]
+
+
+def _json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_bytes())
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: cannot be read as JSON: {brief(error)}") from error
 
 
 def _target(leaf: object) -> jax.ShapeDtypeStruct | np.ndarray:
@@ -153,37 +139,3 @@ def _like(leaf: object, value: object) -> object:
     if value is None:
         return (np if isinstance(leaf, np.ndarray) else jnp).zeros(leaf.shape, leaf.dtype)
     return value
-
-
-def _leaves(tree: object) -> dict[str, object]:
-    paths = jax.tree_util.tree_leaves_with_path(tree)
-    return {jax.tree_util.keystr(path): leaf for path, leaf in paths}
-
-
-def _manifest(path: Path) -> bytes:
-    """Size and digest of every file, in one canonical form: equal texts are equal files."""
-    files = {}
-    for file in sorted(path.rglob("*")):
-        name = file.relative_to(path).as_posix()
-        if file.is_file() and name != MANIFEST:
-            with file.open("rb") as stream:
-                digest = hashlib.file_digest(stream, "blake2b").hexdigest()
-            files[name] = {"size": file.stat().st_size, "blake2b": digest}
-    return json.dumps(files, indent=1).encode()
-
-
-def _damage(path: Path) -> str | None:
-    """Why a checkpoint cannot be trusted; None: every file is as it was written."""
-    try:
-        if not (path / MANIFEST).is_file():
-            return f"has no {MANIFEST}"
-        listed, found = (path / MANIFEST).read_bytes(), _manifest(path)
-        if listed == found:
-            return None
-        listed, found = json.loads(listed), json.loads(found)
-        wrong = [name for name in listed | found if listed.get(name) != found.get(name)]
-        return f"differs from its {MANIFEST} in {wrong[0]!r}"
-    except OSError as error:
-        return f"cannot be read: {brief(error)}"
-    except (ValueError, TypeError, IndexError):  # no JSON, no dict, or no such text
-        return f"has a damaged {MANIFEST}"

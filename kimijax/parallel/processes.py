@@ -6,16 +6,18 @@ before its work is done is noticed at once, and the others say which it was and 
 """
 
 import atexit
+import functools
 import os
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from kimijax.errors import UserError
 from kimijax.parallel.roll import Line, address, answer_roll, call_roll
@@ -81,6 +83,30 @@ def anywhere(flags: list[bool]) -> list[bool]:
     if jax.process_count() == 1:
         return flags
     return multihost_utils.process_allgather(np.array(flags)).any(0).tolist()
+
+
+def vote(flags: Callable[[], list[bool]]) -> Callable[[], list[bool]]:
+    """`anywhere` that the devices decide in the order of their work: begun now, asked for later.
+
+    Unlike `anywhere` it does not wait for work that is given to the devices in between. A process
+    that is alone looks at its flags when it is asked.
+    """
+    if jax.process_count() == 1:
+        return flags
+    mesh, any_of = _voting()
+    cast = multihost_utils.host_local_array_to_global_array(
+        np.array([flags()]), mesh, PartitionSpec("process")
+    )
+    result = any_of(cast)
+    return lambda: np.asarray(result.addressable_data(0)).tolist()
+
+
+@functools.cache
+def _voting() -> tuple[Mesh, Callable]:
+    devices = np.array(jax.devices()).reshape(jax.process_count(), -1)
+    mesh = Mesh(devices, ("process", "device"))
+    whole = NamedSharding(mesh, PartitionSpec())
+    return mesh, jax.jit(lambda votes: votes.any(0), out_shardings=whole)
 
 
 def on_first(tree):

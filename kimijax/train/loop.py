@@ -1,69 +1,103 @@
-"""One visible training loop around a pure, donated step."""
+"""One visible training loop around pure, donated steps."""
 
 import json
-import os
-import signal
 import time
-from collections.abc import Callable
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import jax
-import numpy as np
-from tqdm import tqdm
-
-from kimijax.checkpoint import restore_latest, save_state
+from kimijax.checkpoint import Restored, Saver, restore_latest
 from kimijax.errors import UserError
-from kimijax.parallel.processes import anywhere, is_first, meet
-from kimijax.train.state import TrainState
+from kimijax.parallel.processes import is_first, meet, vote
+from kimijax.train.guard import Interrupted, Stop, Trace
+from kimijax.train.log import Log
+from kimijax.train.phase import Phase, remaining
 
 SAVE_SECONDS = 60.0
 
 
-class Interrupted(Exception):
-    """SIGINT or SIGTERM came; the state is saved and the same command goes on from it."""
+@dataclass(frozen=True, kw_only=True)
+class Saves:
+    """When a run is saved, beside its end, and which checkpoints stay."""
+
+    seconds: float = SAVE_SECONDS  # since the last one
+    every: int = 0  # steps; 0: by time alone
+    keep: int = 2  # of the newest
+    keep_every: int = 0  # steps at whose multiples it is saved too, and kept for ever; 0: none
+    verify: bool = True  # every byte before resuming; False: names and sizes
+
+    def __post_init__(self):
+        for name in ("every", "keep_every"):
+            if getattr(self, name) < 0:
+                raise UserError(f"{name} = {getattr(self, name)} steps: give 0 or more")
+        if self.keep < 1:
+            raise UserError(f"keep = {self.keep} checkpoints: give 1 or more")
+
+    def due(self, step: int, since: float) -> bool:
+        """Whether to save after a step, `since` being when it was saved last (monotonic)."""
+        at = (n and step % n == 0 for n in (self.every, self.keep_every))
+        return any(at) or time.monotonic() - since > self.seconds
 
 
 def fit(
-    state: TrainState,
-    step: Callable,
-    batch_of: Callable[[int], Any],
-    steps: int,
-    out: Path,
-    tokens_of: Callable[[int], int],
-    run: dict,
-) -> TrainState:
-    """Train to `steps`, resuming from `out` if it holds a state of this run.
+    state: Any, phases: Sequence[Phase], out: Path, run: dict, *, saves: Saves = Saves(),
+    peak: float | None = None, tensorboard: bool = False, profile: range = range(0),
+) -> Any:
+    """Train through all phases, resuming from `out` if it holds a state of this run.
 
-    Every step adds a line to metrics.jsonl. The state is saved each minute, at the end and on
-    SIGINT or SIGTERM, which then raise Interrupted. `run` is what the run is made of (JSON
-    values); UserError if `out` holds another one. Of several processes the first writes, and
-    all read a state to resume from: they have to see the same `out`.
+    Every step adds a line to out/metrics.jsonl. The state and the place in the data are saved in
+    the background as `saves` says, at the end, and on SIGINT or SIGTERM, which then raise
+    Interrupted. Of several processes the first writes the log; all have to see the same `out`.
+
+    state        a pytree; its `step` counts over all phases
+    run          what the run is made of (JSON values); UserError if `out` holds another one
+    peak         FLOP/s of all devices, for the "mfu" of each line
+    tensorboard  scalars go to out/tensorboard as well (extra [train])
+    profile      steps traced into out/profile, the first is 1
     """
     _claim(out, run)
-    if (found := restore_latest(out / "state", state)) is not None:
-        state = found[1]
-    first = int(state.step)
-    log = _log_until(out / "metrics.jsonl", first) if is_first() else open(os.devnull, "w")
-    stop, saved = _Stop(), time.monotonic()
-    done = sum(tokens_of(i) for i in range(first))
-    total = done + sum(tokens_of(i) for i in range(first, steps))
-    with log, stop, tqdm(total=total, initial=done, unit="tok", unit_scale=True) as bar:
-        for i in range(first, steps):
-            began = time.perf_counter()
-            state, metrics = step(state, batch_of(i))
-            metrics = {k: np.asarray(v).tolist() for k, v in jax.device_get(metrics).items()}
-            _write_line(log, {"step": i + 1, "seconds": time.perf_counter() - began} | metrics)
-            bar.update(tokens_of(i))
-            bar.set_postfix({k: f"{v:.3f}" for k, v in metrics.items() if np.ndim(v) == 0})
-            asked, due = anywhere([stop.asked, time.monotonic() - saved > SAVE_SECONDS])
-            if asked or due:
-                save_state(out / "state", i + 1, state)
+    fresh = Restored(int(state.step), state, None)
+    done, state, place = restore_latest(out / "state", state, saves.verify) or fresh
+    total, step = sum(phase.steps for phase in phases), done
+    if done > total:
+        raise UserError(f"{out} has done {done} steps, the phases have {total}; give it more")
+    with (
+        Stop() as stop,
+        Saver(out / "state", saves.keep, saves.keep_every) as saver,
+        Log(out, done, *_tokens(phases, done), peak, tensorboard) as log,
+        Trace(out / "profile", profile) as trace,
+    ):
+        saved = time.monotonic()
+        for at in remaining(tuple(phases), done, place):
+            step, batch = at.step, at.batch()
+            trace.before(step, state)
+            asked = vote(lambda: [stop.asked, saves.due(step, saved)])  # noqa: B023
+            state, metrics = at.phase.step(state, batch)
+            log.step(step, at.phase, metrics)  # waits for the step before; this one runs
+            stopping, due = asked()
+            if at.evaluate:
+                log.write(partial(at.phase.evaluate, state))
+            if stopping or due or step == total:
+                log.write()
+                log.sync()
+                saver.save(step, state, at.place())
                 saved = time.monotonic()
-            if asked:
-                raise Interrupted(f"stopped after step {i + 1} of {steps}, state saved in {out}")
-    save_state(out / "state", steps, state)
+            saver.check()
+            if stopping and step < total:
+                saver.wait()
+                raise Interrupted(f"stopped after step {step} of {total}, state saved in {out}")
     return state
+
+
+def _tokens(phases: Sequence[Phase], done: int) -> tuple[int, int]:
+    """Of the whole run, and of the steps done."""
+    seen = start = 0
+    for phase in phases:
+        seen += min(max(done - start, 0), phase.steps) * phase.tokens
+        start += phase.steps
+    return sum(phase.steps * phase.tokens for phase in phases), seen
 
 
 def _claim(out: Path, run: dict) -> None:
@@ -81,46 +115,8 @@ def _claim(out: Path, run: dict) -> None:
         raise UserError(f"{out} holds another run (see {path}); give this one its own --out")
 
 
-def _json(path: Path):
+def _json(path: Path) -> Any:
     try:
         return json.loads(path.read_text())
     except ValueError as error:
         raise UserError(f"{path} is not JSON: {error}") from error
-
-
-class _Stop:
-    """While entered, SIGINT and SIGTERM only ask for a stop at the end of the step."""
-
-    def __init__(self):
-        self.asked = False
-
-    def __enter__(self):
-        ask = lambda *_: setattr(self, "asked", True)  # noqa: E731
-        self._old = {s: signal.signal(s, ask) for s in (signal.SIGINT, signal.SIGTERM)}
-
-    def __exit__(self, *_):
-        for s, handler in self._old.items():
-            signal.signal(s, handler)
-
-
-def _log_until(path: Path, step: int):
-    """The log opened for appending, without the lines of steps after `step`."""
-    lines = []
-    if path.exists():
-        for line in path.read_text().splitlines():
-            try:
-                entry = json.loads(line)
-            except json.JSONDecodeError:
-                break  # a line cut short by a crash; its step is done again
-            if not isinstance(entry, dict) or not isinstance(entry.get("step"), int):
-                raise UserError(f"{path} is no log of a run: it has the line {line[:80]!r}")
-            if entry["step"] > step:
-                break
-            lines.append(line)
-    path.write_text("".join(line + "\n" for line in lines))
-    return path.open("a")
-
-
-def _write_line(log, entry: dict) -> None:
-    log.write(json.dumps(entry) + "\n")
-    log.flush()

@@ -132,7 +132,7 @@ def work(index: int, out: Path) -> None:
     job = Job(Plan(make_mesh({"seq": 8})), initial_params())
     got = results(job)
     save_state(out / "state", 1, job.state)
-    _, job.state = restore_latest(out / "state", job.state)
+    job.state = restore_latest(out / "state", job.state).state
     again = jax.tree.leaves(job.back(job.state.params))
     got |= {f"restored{i}": x for i, x in enumerate(again)}
     if index == 0:
