@@ -20,6 +20,8 @@ COMMANDS = (
     ("logits", "logits of token arrays", "kimijax.commands.logits"),
     ("generate", "continue a prompt, a file or token arrays", "kimijax.commands.generate"),
     ("convert", "Hugging Face weights to an orbax checkpoint, or back", "kimijax.commands.convert"),
+    ("tokenize", "text, JSONL and Parquet files made a dataset to train on",
+     "kimijax.commands.tokenize"),
     ("needle", "hide needles in up to millions of tokens and ask for them",
      "kimijax.evals.needle_cli"),
 )

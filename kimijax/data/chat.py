@@ -12,7 +12,7 @@ import re
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
-from kimijax.data.codecs import CONFIG, need, refusing
+from kimijax.data.foreign import CONFIG, need, refusing
 from kimijax.data.tokenizer import Tokenizer
 from kimijax.errors import UserError
 

@@ -4,22 +4,19 @@ Of all text, only what is asked for encodes to a special token.
 """
 
 import base64
-import contextlib
-import importlib
 import json
-import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from types import ModuleType
 from typing import Protocol
 
+import numpy as np
+
+from kimijax.data.foreign import CONFIG, is_id, need, read_file, read_object, refusing
 from kimijax.errors import UserError
 
-CONFIG = "tokenizer_config.json"
 RESERVED = 256  # special ids behind a tiktoken.model's own; with K2's 163,584 they make 163,840
 
-MAX_FILE = 256 << 20  # bytes
 MAX_VOCAB = 1 << 24
 
 # How Kimi cuts text before merging bytes (tokenization_kimi.py beside the weights of Kimi-K2).
@@ -52,29 +49,9 @@ class Codec(Protocol):
 
     def encode(self, text: str, special: bool) -> list[int]: ...
 
+    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]: ...
+
     def decode(self, ids: list[int]) -> str: ...
-
-
-def need(module: str, purpose: str) -> ModuleType:
-    """A library of the extra [text], imported only where it is used; UserError where it lacks."""
-    try:
-        return importlib.import_module(module)
-    except ImportError as error:
-        raise UserError(
-            f"{purpose} needs {module}, which cannot be imported: pip install kimijax[text]"
-        ) from error
-
-
-@contextlib.contextmanager
-def refusing(what: str, remedy: str) -> Iterator[None]:
-    """Whatever foreign code stumbles over becomes a UserError: one line, what, fault and remedy."""
-    try:
-        yield
-    except (UserError, KeyboardInterrupt, SystemExit, GeneratorExit):
-        raise
-    except BaseException as error:  # a panic of a Rust library is no Exception
-        fault = " ".join(str(error).split())[:300] or type(error).__name__
-        raise UserError(f"{what}: {fault}; {remedy}") from error
 
 
 class BytesCodec:
@@ -85,6 +62,9 @@ class BytesCodec:
 
     def encode(self, text: str, special: bool) -> list[int]:
         return list(text.encode("utf-8"))
+
+    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+        return [np.frombuffer(text.encode("utf-8"), np.uint8) for text in texts]
 
     def decode(self, ids: list[int]) -> str:
         return bytes(ids).decode("utf-8", "replace")
@@ -128,6 +108,9 @@ class TiktokenCodec:
                 else:
                     ids += self._encoding.encode_ordinary(piece)
         return ids
+
+    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+        return [np.array(self.encode(text, special=False), np.uint32) for text in texts]
 
     def decode(self, ids: list[int]) -> str:
         return self._encoding.decode(ids)
@@ -186,32 +169,20 @@ class JsonCodec:
             )
         return ids
 
+    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+        with refusing("a text cannot be encoded", "the tokenizer lacks a token for it"):
+            batch = self._plain.encode_batch_fast(list(texts), add_special_tokens=False)
+            found = [np.array(encoding.ids, np.uint32) for encoding in batch]
+        forbidden = np.fromiter(self._forbidden, np.uint32)
+        return [
+            np.array(self.encode(text, special=False), np.uint32)
+            if np.isin(ids, forbidden).any() else ids
+            for text, ids in zip(texts, found, strict=True)
+        ]
+
     def decode(self, ids: list[int]) -> str:
         with refusing("the tokens cannot be decoded", "fetch the tokenizer again"):
             return self._marked.decode(ids, skip_special_tokens=False)
-
-
-def read_file(path: Path, limit: int = MAX_FILE) -> bytes:
-    try:
-        if (size := path.stat().st_size) > limit:
-            raise UserError(f"{path}: has {size} bytes; at most {limit} are read")
-        if not path.is_file():
-            raise UserError(f"{path}: is no regular file")
-        return path.read_bytes()
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read: {error.strerror}") from error
-
-
-def read_object(path: Path) -> dict:
-    """A JSON object; empty where there is no such file."""
-    if not os.path.lexists(path):
-        return {}
-    content = read_file(path)
-    with refusing(f"{path}: cannot be read as JSON", "fetch it again"):
-        data = json.loads(content.decode("utf-8"))
-    if not isinstance(data, dict):
-        raise UserError(f"{path}: must be a JSON object, not a {type(data).__name__}")
-    return data
 
 
 def _read_ranks(path: Path) -> dict[bytes, int]:
@@ -297,7 +268,3 @@ def _unknown_id(data: dict, ids: dict[str, int]) -> int | None:
 
 def _is_name(name: object) -> bool:
     return isinstance(name, str) and bool(name)
-
-
-def is_id(i: object, limit: int) -> bool:
-    return isinstance(i, int) and not isinstance(i, bool) and 0 <= i < limit

@@ -1,23 +1,16 @@
 """Text <-> token ids of a model directory: tokenizer.json, Kimi's tiktoken.model, or bytes."""
 
+import hashlib
 import operator
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from kimijax.data.codecs import (
-    CONFIG,
-    BytesCodec,
-    Codec,
-    JsonCodec,
-    TiktokenCodec,
-    is_id,
-    read_file,
-    read_object,
-    refusing,
-    reserved_names,
-)
+import numpy as np
+
+from kimijax.data.codecs import BytesCodec, Codec, JsonCodec, TiktokenCodec, reserved_names
+from kimijax.data.foreign import CONFIG, is_id, read_file, read_object, refusing
 from kimijax.errors import UserError
 
 HUGGING_FACE, TIKTOKEN = "tokenizer.json", "tiktoken.model"
@@ -55,14 +48,14 @@ class Tokenizer:
 
         UserError for text that is not Unicode or that the tokenizer cannot express.
         """
-        try:
-            text.encode("utf-8")
-        except UnicodeEncodeError as error:
-            raise UserError(
-                f"the text holds a lone surrogate, {text[error.start]!r}, at character "
-                f"{error.start}: decode its source with errors='replace'"
-            ) from error
+        _check_unicode(text)
         return self.codec.encode(text, special)
+
+    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """`encode` of each text, as an array of whole numbers; the fastest way for many."""
+        for text in texts:
+            _check_unicode(text)
+        return self.codec.encode_batch(texts)
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of ids, names of special tokens included; U+FFFD where bytes are not UTF-8."""
@@ -142,6 +135,28 @@ def load_tokenizer(directory: str | os.PathLike) -> Tokenizer:
         bos=_special_id(directory / CONFIG, config, "bos_token", codec),
         chat_template=_chat_template(directory, config),
     )
+
+
+def tokenizer_digest(directory: str | os.PathLike | None) -> str:
+    """A digest of what decides the ids of a text and its eos; None: of bytes."""
+    names = (TIKTOKEN, HUGGING_FACE, CONFIG, GENERATION)
+    paths = [] if directory is None else [Path(directory) / name for name in names]
+    digest = hashlib.blake2b(digest_size=16)
+    for path in paths:
+        if path.exists():
+            content = read_file(path)
+            digest.update(f"{path.name} {len(content)} ".encode() + content)
+    return digest.hexdigest()
+
+
+def _check_unicode(text: str) -> None:
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise UserError(
+            f"the text holds a lone surrogate, {text[error.start]!r}, at character "
+            f"{error.start}: decode its source with errors='replace'"
+        ) from error
 
 
 def _special_id(path: Path, config: dict, key: str, codec: Codec) -> int | None:

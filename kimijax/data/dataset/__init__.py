@@ -1,0 +1,7 @@
+"""Tokenized datasets on disk: made of files of text, read by document."""
+
+from kimijax.data.dataset.part import Options
+from kimijax.data.dataset.read import Dataset, open_dataset, split_by
+from kimijax.data.dataset.tokenize import tokenize
+
+__all__ = ["Dataset", "Options", "open_dataset", "split_by", "tokenize"]

@@ -1,0 +1,1 @@
+"""Documents as they lie in foreign files: text, JSONL and Parquet, in units that workers share."""
