@@ -7,10 +7,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from kimijax.cache import Watch
 from kimijax.model import Model
 from kimijax.parallel.plan import Plan
 
 TOKENS = 2048  # of a device whose logits exist at one time
+WATCHED = 32  # positions of a row on which a block index is trained
 
 
 class Rows(NamedTuple):
@@ -36,25 +38,44 @@ def arranged(plan: Plan, cfg, rows: Rows) -> Rows:
 
 
 def language_model(
-    model: Model, *, z: float = 0.0, runs: int | None = None, tokens: int = TOKENS
+    model: Model, *, z: float = 0.0, index: float = 0.0, runs: int | None = None,
+    tokens: int = TOKENS,
 ) -> Callable:
     """loss(params, rows) for `make_step`: the mean cross-entropy by weight, in nats.
 
     z       weight of the mean square of log Z (PaLM's z-loss, arXiv:2204.02311, section 5)
+    index   weight of the loss that teaches a block index where exact attention looks
     runs    of the order of a plan's rows (`Plan.arrange`)
     tokens  of a device whose logits exist at one time, forward and backward
     """
 
     def loss(params, rows: Rows):
-        out = model.apply(params, rows.ids, rows.pos, rows.seg, runs=runs)
+        watch = watched(rows) if index else None
+        out = model.apply(params, rows.ids, rows.pos, rows.seg, runs=runs, watch=watch)
         head = lambda hidden: model.apply(params, hidden, method="head")  # noqa: E731
         sums = cross_entropy(head, out.hidden, rows.targets, rows.weight, model.ops.ways, tokens)
         weight = jnp.sum(rows.weight)
         text, square = (x / jnp.maximum(weight, 1e-9) for x in sums)
-        metrics = {"loss": text, "weight": weight} | ({"log_z_square": square} if z else {})
-        return text + z * square, (metrics, out.aux)
+        taught = sum(_index_losses(out.aux), jnp.float32(0))
+        metrics = {"loss": text, "weight": weight}
+        metrics |= ({"log_z_square": square} if z else {}) | ({"index": taught} if index else {})
+        return text + z * square + index * taught, (metrics, out.aux)
 
     return loss
+
+
+def watched(rows: Rows) -> Watch:
+    """The positions on which an index is trained: WATCHED of every row, evenly spaced."""
+    b, t = rows.ids.shape
+    at = jnp.linspace(0, t - 1, min(WATCHED, t)).astype(jnp.int32)
+    return Watch(jnp.broadcast_to(at, (b, at.size)), jnp.take(rows.weight, at, axis=1))
+
+
+def _index_losses(aux: tuple) -> list[jax.Array]:
+    return [
+        report["mixer"]["index_loss"].sum()
+        for group in aux for report in group.values() if "index_loss" in report["mixer"]
+    ]
 
 
 def cross_entropy(

@@ -1,0 +1,1 @@
+"""Sweeps over small models, each with its question and its answer."""

@@ -1,0 +1,48 @@
+"""How many tokens does MuonClip need for what AdamW reaches?
+
+Ask     Final held-out loss of AdamW over 1.0 M tokens, and of MuonClip on 0.75 of them: each with
+        its own full schedule, its learning rate the best of four by one seed, then three seeds.
+Run     python -m experiments.ablations.muonclip --out runs/muonclip --jobs 2
+Cost    14 runs of a 0.36 M-parameter byte model.
+Answer  not measured yet.
+"""
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from kimijax.sweep import Done, Plot, Settings, Sweep, main, product
+
+RATES = {"adamw": (0.003, 0.006, 0.012, 0.024), "muonclip": (0.006, 0.012, 0.024, 0.048)}
+SHARE = {"adamw": 1.0, "muonclip": 0.75}  # of STEPS
+TAU = 100.0
+SEEDS = (0, 1, 2)
+
+
+def runs(done: Sequence[Done]) -> Iterator[Settings]:
+    """Four rates on the first seed; then the best one on the others."""
+    for optimizer, rates in RATES.items():
+        yield from product(optimizer=[optimizer], lr=rates, seed=SEEDS[:1])
+    for optimizer, rates in RATES.items():
+        tuned = [d for d in done if d.settings["optimizer"] == optimizer
+                 and d.settings["seed"] == SEEDS[0]]
+        if len(tuned) == len(rates):
+            best = min(tuned, key=lambda d: d.result["loss"]).settings["lr"]
+            yield from product(optimizer=[optimizer], lr=[best], seed=SEEDS[1:])
+
+
+def run(settings: Settings, out: Path) -> dict:
+    """Train one model."""
+    from experiments.ablations.small import STEPS, model_of, train
+    from kimijax.optim import adamw, muon
+
+    kind = settings["optimizer"]
+    build = {"adamw": adamw, "muonclip": muon}[kind]
+    _, result = train(
+        model_of(), out, build, seed=settings["seed"], lr=settings["lr"],
+        steps=round(STEPS * SHARE[kind]), tau=TAU if kind == "muonclip" else None,
+    )
+    return result
+
+
+if __name__ == "__main__":
+    main(Sweep(runs, run, (Plot(x="lr", y="loss", line="optimizer", log_x=True),)), __doc__)
