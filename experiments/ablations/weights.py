@@ -1,6 +1,6 @@
 """What do weights of 8 and 4 bits cost?
 
-Ask     Held-out loss of the trained byte model with its matrices rounded: int8 (a scale per output),
+Ask     Held-out loss of the trained byte model, its matrices rounded: int8 (a scale per output),
         FP8 (blocks of 128 x 128) and INT4 (groups of 32 inputs), as released models are.
 Run     python -m experiments.ablations.weights --out runs/weights --jobs 2
 Cost    2 runs of 0.25 M tokens.
