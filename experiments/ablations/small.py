@@ -65,19 +65,6 @@ def texts(split: str) -> Texts:
     return Texts(corpus.load_documents(split, roots=[Path(sysconfig.get_path("stdlib"))]))
 
 
-class LanguageRows:
-    """Batches of grain as the rows of a language model."""
-
-    def __init__(self, batches, prepare: Callable):
-        self._batches, self._prepare = batches, prepare
-        self.get_state, self.set_state = batches.get_state, batches.set_state
-
-    def __next__(self):
-        from kimijax.train.loss import rows_of
-
-        return self._prepare(rows_of(*next(self._batches)))
-
-
 def train(
     cfg: ModelConfig, out: Path, optimizer_of: Callable[[Any, Any], Any], *, seed: int, lr: float,
     steps: int = STEPS, length: int = LENGTH, rows: int = ROWS, tau: float | None = None,
@@ -102,7 +89,7 @@ def train(
     from kimijax.ops.attend import local
     from kimijax.optim import cosine, qk_clip
     from kimijax.train import Phase, fit, init_state, make_step, read_log, state_shardings
-    from kimijax.train.loss import arranged, language_model
+    from kimijax.train.loss import LanguageRows, arranged, language_model
 
     model = Model(cfg, local(exact=exact) if plan is None else plan.ops())
     optimizer = optimizer_of(abstract_params(model), cosine(lr, min(20, steps), steps, lr / 10))

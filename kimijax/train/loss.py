@@ -25,6 +25,20 @@ class Rows(NamedTuple):
     weight: jax.Array  # of the prediction in the loss
 
 
+class LanguageRows:
+    """Batches of documents (`kimijax.data.rows.batch`) as Rows; where they are is noted as before.
+
+    prepare  such as `arranged` with a plan; None: nothing
+    """
+
+    def __init__(self, batches, prepare: Callable[[Rows], Rows] = lambda rows: rows):
+        self._batches, self._prepare = batches, prepare
+        self.get_state, self.set_state = batches.get_state, batches.set_state
+
+    def __next__(self) -> Rows:
+        return self._prepare(rows_of(*next(self._batches)))
+
+
 def rows_of(ids: np.ndarray, pos: np.ndarray, seg: np.ndarray, weight: np.ndarray) -> Rows:
     """Rows b t in natural order: each token predicts the one behind it, `weight` as it says."""
     return Rows(ids, pos, seg, np.roll(ids, -1, 1), weight)

@@ -36,7 +36,7 @@ def make_step(
 
     loss     (params, batch, *constants) -> (mean loss, (metrics, the model's aux)). A metric
              "weight" says how much the mean counts beside those of other parts of a batch
-    balance_rate  by which routers move their correction bias against the load
+    balance_rate  by which routers move their correction bias against the load; 0: not at all
     qk_clip  (params, max_logit) -> params after the update, as `kimijax.optim.qk_clip`
     parts    in which a batch is read, one after the other: rows i, i + parts, ... are one
     spike    a step whose gradients' norm is above so many times its running mean leaves the
@@ -60,7 +60,8 @@ def make_step(
 
     def applied(state: TrainState, found: Found, norm: jax.Array) -> TrainState:
         updates, opt_state = optimizer.update(found.grads, state.opt_state, state.params)
-        params = balance(optax.apply_updates(state.params, updates), found.load, balance_rate)
+        params = optax.apply_updates(state.params, updates)
+        params = balance(params, found.load, balance_rate) if balance_rate else params
         params = qk_clip(params, found.max_logit) if qk_clip else params
         mean = jnp.where(state.norm > 0, state.norm, norm)
         mean = NORM_MEMORY * mean + (1 - NORM_MEMORY) * norm
