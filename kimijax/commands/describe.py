@@ -6,8 +6,12 @@
 
 import argparse
 import json
+from typing import TYPE_CHECKING
 
 from kimijax.commands.paths import path
+
+if TYPE_CHECKING:
+    from kimijax.config import ModelConfig
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -21,13 +25,14 @@ def main(args: argparse.Namespace) -> int:
     """Print what the model is."""
     from kimijax.metrics import describe
 
-    name, cfg = _config(args.model)
+    name, cfg = args.model, config_of(args.model)
     facts = {"model": name} | describe(cfg)
     print(json.dumps(facts, indent=1) if args.json else _text(facts))
     return 0
 
 
-def _config(name: str):
+def config_of(name: str) -> "ModelConfig":
+    """The config of a preset or a checkpoint directory; UserError: it is neither."""
     from pathlib import Path
 
     from kimijax.convert.load import read_config
@@ -35,9 +40,9 @@ def _config(name: str):
     from kimijax.presets import PRESETS
 
     if name in PRESETS:
-        return name, PRESETS[name]()
+        return PRESETS[name]()
     if Path(name).is_dir():
-        return name, read_config(Path(name))
+        return read_config(Path(name))
     raise UserError(
         f"{name!r:.200} is neither a directory nor a preset: there are {', '.join(PRESETS)}"
     )

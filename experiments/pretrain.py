@@ -1,0 +1,243 @@
+"""Pre-train a model in phases of growing context, by MuonClip, on any mesh.
+
+  python -m experiments.pretrain --model kimi_k2_tiny --curriculum tiny --data TEXTS --out runs/tiny
+  python -m experiments.pretrain --model moonlight_16b --curriculum k2 --data WEB=7,CODE=3 \\
+      --tokenizer DIR --mesh data=4,seq=32,expert=4 --dtype bfloat16 --out SHARED
+
+--data names datasets of `kimijax tokenize` or files of text, each with a weight; text is tokenized
+on first use. A phase has its own length, rows, rotary scaling and stretch of the learning rate; the
+optimizer's state goes through all of them. Interrupted in any phase, the same command goes on.
+"""
+
+import argparse
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from kimijax.cli import run_module
+from kimijax.commands.checkpoint import DTYPES
+from kimijax.commands.mesh import add_mesh, plan_of
+from kimijax.commands.paths import path, writable
+from kimijax.commands.processes import job_of
+from kimijax.errors import UserError
+
+BALANCE_RATE = 1e-3
+TAU = 100.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stage:
+    """A phase: `rows` of `length` tokens a step; its learning rate goes from `rate` to `final`."""
+
+    length: int
+    rows: int
+    steps: int
+    rate: float
+    final: float
+    warmup: int = 0
+    yarn: float | None = None  # factor by which rotary positions are stretched; None: not
+
+
+def k2() -> tuple[Stage, ...]:
+    """Kimi K2 (arXiv:2507.20534): 67 M tokens a step, 15.5 T in all, then longer and longer rows.
+
+    The last phase's tokens are not published; it has those of the second.
+    """
+    return (
+        Stage(length=4096, rows=16384, steps=149_000, rate=2e-4, final=2e-4, warmup=500),
+        Stage(length=4096, rows=16384, steps=82_000, rate=2e-4, final=2e-5),
+        Stage(length=4096, rows=16384, steps=5_960, rate=2e-5, final=7e-6),
+        Stage(length=32_768, rows=2048, steps=894, rate=7e-6, final=7e-6),
+        Stage(length=131_072, rows=512, steps=894, rate=7e-6, final=7e-6, yarn=32.0),
+    )
+
+
+def tiny() -> tuple[Stage, ...]:
+    """The same shape in two minutes on two cores."""
+    return (
+        Stage(length=128, rows=8, steps=40, rate=0.01, final=0.01, warmup=10),
+        Stage(length=128, rows=8, steps=20, rate=0.01, final=0.001),
+        Stage(length=512, rows=2, steps=10, rate=0.001, final=0.0005),
+        Stage(length=1024, rows=1, steps=10, rate=0.0005, final=0.0005, yarn=8.0),
+    )
+
+
+CURRICULA = {"k2": k2, "tiny": tiny}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of pre-training."""
+    add = parser.add_argument
+    add("--model", required=True, help="a preset, or a checkpoint for its config")
+    add("--curriculum", choices=sorted(CURRICULA), required=True)
+    add("--data", required=True, metavar="PATH[=WEIGHT][,...]")
+    add("--tokenizer", type=path, metavar="DIR", help="a model directory; default: bytes")
+    add("--out", type=path, required=True, metavar="DIR")
+    add("--seed", type=int, default=0)
+    add("--dtype", choices=DTYPES, default="float32",
+        help="of activations and of Newton-Schulz; weights are float32")
+    add("--parts", type=int, default=1, help="in which a step reads its rows, to save memory")
+    add("--tau", type=float, default=TAU, help="of QK-Clip (default: %(default)s)")
+    add("--spike", type=float, default=10.0,
+        help="skip a step whose gradient is so many times its running mean (default: %(default)s)")
+    add("--save_minutes", type=float, default=10.0)
+    add("--tensorboard", action="store_true")
+    add("--peak", type=float, metavar="FLOPS", help="of all devices, to log a fraction of it")
+    add_mesh(parser)
+
+
+def main(args: argparse.Namespace) -> int:
+    """Train, resuming if interrupted, and write the model."""
+    for name, least in (("seed", 0), ("parts", 1)):
+        if getattr(args, name) < least:
+            raise UserError(f"--{name} must be {least} or more, got {getattr(args, name)}")
+    with job_of(args):
+        return _train(args)
+
+
+def _train(args: argparse.Namespace) -> int:
+    from kimijax.checkpoint import save_model
+    from kimijax.commands.describe import config_of
+    from kimijax.config_tree import to_dict
+    from kimijax.model import Model, abstract_params
+    from kimijax.ops.attend import local, usual_impl
+    from kimijax.optim import muon
+    from kimijax.parallel.processes import is_first, on_first
+    from kimijax.train import Interrupted, Saves, fit, init_state, state_shardings
+
+    plan = plan_of(args, train=True)
+    out = writable(args.out) if is_first() else Path(args.out)
+    stages, cfg = CURRICULA[args.curriculum](), config_of(args.model)
+    model = Model(cfg, local(usual_impl()) if plan is None else plan.ops(), args.dtype)
+    optimizer = muon(
+        abstract_params(model), learning_rate(stages), dtype=args.dtype,
+        shardings=None if plan is None else plan.shardings(cfg),
+    )
+    where = None if plan is None else state_shardings(model, optimizer, plan)
+    phases = [
+        _phase(f"{i}-{stage.length}", args, stage, stretched(cfg, stages, stage), optimizer, plan,
+               where)
+        for i, stage in enumerate(stages)
+    ]
+    kept = ("data", "tokenizer", "seed", "dtype", "parts", "tau", "spike")
+    run = {name: getattr(args, name) for name in kept}
+    run |= {"model": to_dict(cfg), "stages": [vars(stage) for stage in stages]}
+    try:
+        state = fit(
+            init_state(model, optimizer, args.seed, where), phases, out, run,
+            saves=Saves(seconds=60 * args.save_minutes), peak=args.peak,
+            tensorboard=args.tensorboard,
+        )
+    except Interrupted as stopped:
+        print(f"{stopped}; the same command goes on")
+        return 130
+    params = on_first(state.params["params"])
+    if is_first():
+        save_model(out / "model", stretched(cfg, stages, stages[-1]), params)
+    print(f"model written to {out}/model")
+    return 0
+
+
+def _phase(name, args, stage: Stage, cfg, optimizer, plan, where):
+    """A phase of the loop: its model, step and data."""
+    import jax
+    import numpy as np
+
+    from kimijax.data.rows.batch import batches
+    from kimijax.metrics import prefill_flops
+    from kimijax.model import Model
+    from kimijax.ops.attend import local, usual_impl
+    from kimijax.optim import qk_clip
+    from kimijax.train import Phase, make_step
+    from kimijax.train.loss import LanguageRows, arranged, language_model
+
+    runs, prepare = None, lambda rows: rows
+    if plan is not None:
+        runs = plan.arrange(cfg, np.zeros((stage.rows, stage.length), np.int32))[0]["runs"]
+        prepare = lambda rows: arranged(plan, cfg, rows)  # noqa: E731
+    model = Model(cfg, local(usual_impl()) if plan is None else plan.ops(), args.dtype)
+    step = make_step(
+        language_model(model, runs=runs), optimizer, balance_rate=BALANCE_RATE,
+        qk_clip=qk_clip(cfg, args.tau), parts=args.parts, spike=args.spike, where=where,
+    )
+
+    def opened():
+        rows = mixed_rows(args, stage, cfg)
+        host, hosts = jax.process_index(), jax.process_count()
+        return LanguageRows(batches(rows, stage.rows, host, hosts), prepare)
+
+    flops = 3 * stage.rows * sum(prefill_flops(cfg, stage.length).values())
+    return Phase(name, stage.steps, step, opened, stage.rows * stage.length, flops)
+
+
+def mixed_rows(args: argparse.Namespace, stage: Stage, cfg):
+    """Rows of all datasets by weight, through as many epochs as the phase needs."""
+    from kimijax.cache import run_length
+    from kimijax.data.dataset.cached import dataset_of
+    from kimijax.data.rows.batch import mixture
+    from kimijax.data.rows.packed import packed_rows
+
+    weights = weights_of(args.data)
+    needed = stage.steps * stage.rows * stage.length
+    rows = {}
+    for name, weight in weights.items():
+        dataset = dataset_of([name], args.tokenizer)
+        if dataset.vocab > cfg.vocab:
+            raise UserError(f"{name}: has a vocabulary of {dataset.vocab:,}, the model one of "
+                            f"{cfg.vocab:,}; name the model's own --tokenizer")
+        share = needed * weight / sum(weights.values())
+        epochs = int(share // max(int(dataset.lengths.sum()), 1)) + 2  # rows are not quite full
+        rows[name] = packed_rows(dataset, stage.length, args.seed, run_length(cfg), epochs)
+    return rows[name] if len(rows) == 1 else mixture(rows, weights)
+
+
+def weights_of(text: str) -> dict[str, float]:
+    """Weights by path of "a=2,b"; what has none has 1."""
+    found: dict[str, float] = {}
+    for part in text.split(","):
+        name, _, weight = part.partition("=")
+        try:
+            found[name] = float(weight or 1)
+        except ValueError as error:
+            raise UserError(f"--data: {part!r:.80} is no PATH or PATH=WEIGHT") from error
+        if not found[name] > 0 or not name:
+            raise UserError(f"--data: {part!r:.80} needs a path and a weight above 0")
+    return found
+
+
+def learning_rate(stages: tuple[Stage, ...]):
+    """One schedule through all phases: a cosine from each one's rate to its final one."""
+    import optax
+
+    parts, ends, total = [], [], 0
+    for stage in stages:
+        if stage.warmup:
+            parts.append(optax.linear_schedule(0.0, stage.rate, stage.warmup))
+            ends.append(total + stage.warmup)
+        steps = stage.steps - stage.warmup
+        parts.append(optax.cosine_decay_schedule(stage.rate, steps, stage.final / stage.rate))
+        total += stage.steps
+        ends.append(total)
+    return optax.join_schedules(parts, ends[:-1])
+
+
+def stretched(cfg, stages: tuple[Stage, ...], stage: Stage):
+    """The model of a stage: YaRN on rotary positions, from the first stage's length, or none."""
+    from kimijax.config import YarnConfig
+    from kimijax.config_tree import override
+
+    changes = {}
+    for i, group in enumerate(cfg.groups):
+        for j, layer in enumerate(group.layers):
+            rope = getattr(layer.mixer, "rope", None)
+            if rope is None:
+                continue
+            yarn, original = None, stages[0].length
+            if stage.yarn is not None:
+                yarn = rope.yarn or YarnConfig(factor=stage.yarn, original=original)
+                yarn = replace(yarn, factor=stage.yarn, original=original)
+            changes[f"groups.{i}.layers.{j}.mixer.rope"] = replace(rope, yarn=yarn)
+    return override(cfg, changes)
+
+
+if __name__ == "__main__":
+    run_module(add_arguments, main, __doc__)
