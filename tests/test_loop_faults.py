@@ -115,9 +115,8 @@ def test_a_full_disk_is_said_in_one_line_and_the_checkpoints_stay(whole, tmp_pat
     assert code == 2 and error.count("\n") == 1, error
     assert error.startswith(f"error: {tmp_path / 'state' / 'step_00000006'}: cannot save the state")
     assert error.endswith(": File too large; make room, earlier checkpoints are whole\n")
-    assert [path.name for path in (tmp_path / "state").iterdir()] == [
-        "step_00000002", "step_00000004",
-    ]
+    left = sorted(path.name for path in (tmp_path / "state").iterdir())
+    assert left == ["step_00000002", "step_00000004"]
     assert restore_latest(tmp_path / "state", start()).step == 4
     assert finish(run(tmp_path)) == (0, "")
     assert_same(tmp_path, whole)
