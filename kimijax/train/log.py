@@ -22,8 +22,8 @@ from kimijax.train.phase import Phase
 class Log:
     """A line per step in out/metrics.jsonl, a step late: it is fetched while the next one runs.
 
-    "seconds" are from one step's end to the next one's, as the loop notices them: where batches take
-    longer than steps, a batch counts with the step before.
+    "seconds" are from one step's end to the next one's, as the loop notices them: where batches
+    take longer than steps, a batch counts with the step before.
 
     done    steps; lines of later ones are cut
     total   tokens of the run, and `seen` of them before this start
