@@ -109,11 +109,13 @@ def _phases(step, text, seed: int) -> list:
     from kimijax.data.needles import batch
     from kimijax.train import Numbered, Phase
 
+    def batches(task, first: int):
+        return Numbered(lambda i: batch(task, text, seed, first + i))
+
     found, first = [], 0
     for steps, task in phases():
-        batch_of = partial(lambda task, first, i: batch(task, text, seed, first + i), task, first)
-        batches, tokens = partial(Numbered, batch_of), task.rows * task.length
-        found.append(Phase(f"{task.length} tokens", steps, step, batches, tokens))
+        begin, tokens = partial(batches, task, first), task.rows * task.length
+        found.append(Phase(f"{task.length} tokens", steps, step, begin, tokens))
         first += steps
     return found
 

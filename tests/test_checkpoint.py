@@ -1,20 +1,17 @@
 """What is restored is what was saved, bit for bit; what is damaged or foreign is named."""
 
-import json
-import shutil
 from functools import partial
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 from safetensors.flax import save_file as save_bf16
 from safetensors.numpy import load_file, save_file
 
 from kimijax import presets
-from kimijax.checkpoint import load_model, restore_latest, save_model, save_state
+from kimijax.checkpoint import load_model, save_model
 from kimijax.config_tree import override
 from kimijax.errors import UserError
 from kimijax.model import Model
@@ -35,15 +32,6 @@ CFG = override(
         "groups.1.layers.0.ffn.shared_width": 16,
     },
 )
-STATE = {
-    "params": {"w": jnp.arange(12, dtype=jnp.float32).reshape(3, 4) / 7, "none": jnp.zeros((0, 3))},
-    "half": jnp.array([1.5, -0.0, jnp.nan, jnp.inf], jnp.bfloat16),
-    "flags": jnp.array([True, False]),
-    "key": jax.random.key_data(jax.random.key(7)),
-    "host": np.arange(5, dtype=np.int64) << 40,
-    "seen": 2**40 + 1,
-    "best": 0.1,
-}
 
 
 @pytest.fixture(scope="module")
@@ -149,9 +137,8 @@ def test_weights_beside_the_config_of_another_model_are_refused(saved):
 
 def test_a_directory_that_cannot_be_written_is_named(tmp_path, params):
     (tmp_path / "file").touch()
-    for write in (lambda at: save_model(at, CFG, params), lambda at: save_state(at, 1, STATE)):
-        with pytest.raises(UserError, match="file.*cannot save"):
-            write(tmp_path / "file" / "run")
+    with pytest.raises(UserError, match="file.*cannot save"):
+        save_model(tmp_path / "file" / "run", CFG, params)
 
 
 def test_missing_files_are_named(saved):
@@ -227,140 +214,3 @@ def test_weights_that_do_not_fit_are_explained(saved, change, why):
     rewrite(saved / WEIGHTS, change)
     message = refusal(saved)
     assert str(saved / WEIGHTS) in message and why in message
-
-
-def test_a_state_comes_back_bit_for_bit(tmp_path):
-    save_state(tmp_path, 123, STATE)
-    assert [path.name for path in tmp_path.iterdir()] == ["step_00000123"]
-    step, got, _ = restore_latest(tmp_path, STATE)
-    assert step == 123
-    assert_same(got, STATE)
-
-
-def test_an_optimiser_comes_back_from_its_shapes(tmp_path, params):
-    optimiser = optax.multi_transform(
-        {"adam": optax.adam(1e-3), "sgd": optax.sgd(1e-2)},
-        lambda tree: {name: "sgd" if name == "head" else "adam" for name in tree},
-    )
-
-    @jax.jit
-    def start(params):
-        state = optimiser.init(params)
-        return params, optimiser.update(jax.tree.map(jnp.sin, params), state, params)[1]
-
-    state = start(params)
-    save_state(tmp_path, 1, state)
-    step, got, _ = restore_latest(tmp_path, jax.eval_shape(start, params))
-    assert step == 1
-    assert_same(got, state)
-
-
-def test_the_newest_are_kept(tmp_path):
-    for step in (1, 2, 10, 3):
-        save_state(tmp_path, step, {"step": step}, keep=2)
-    # Step 10 is of a run that went further: its successor has not come that far yet.
-    assert sorted(p.name for p in tmp_path.iterdir()) == [f"step_{s:08d}" for s in (2, 3, 10)]
-    save_state(tmp_path, 10, {"step": -10}, keep=1)
-    assert [path.name for path in tmp_path.iterdir()] == ["step_00000010"]
-    assert restore_latest(tmp_path, {"step": 0}) == (10, {"step": -10}, None)
-
-
-@pytest.mark.parametrize(
-    "other, why",
-    [
-        ({"w": jnp.ones((3, 5))}, r"\['w'\] as float32 \(3, 4\), not float32 \(3, 5\)"),
-        ({"w": jnp.ones((3, 4), jnp.int32)}, r"\['w'\] as float32 \(3, 4\), not int32 \(3, 4\)"),
-        ({"v": jnp.ones((3, 4))}, "lacks .*'v'.* and has .*'w'"),
-    ],
-)
-def test_a_state_of_another_configuration_is_refused(tmp_path, other, why):
-    save_state(tmp_path, 5, {"w": jnp.ones((3, 4))})
-    with pytest.raises(UserError, match=f"step_00000005: was made with another .*{why}"):
-        restore_latest(tmp_path, other)
-
-
-@pytest.fixture(scope="module")
-def two_steps(tmp_path_factory):
-    directory = tmp_path_factory.mktemp("states")
-    for step in (1, 2):
-        save_state(directory, step, STATE | {"seen": step})
-    return directory
-
-
-def assert_first_is_used(directory, capsys, reason):
-    step, got, _ = restore_latest(directory, STATE)
-    assert step == 1
-    assert_same(got, STATE | {"seen": 1})
-    assert f"{directory / 'step_00000002'}: {reason}" in capsys.readouterr().err
-
-
-def test_any_flipped_bit_is_found(two_steps, capsys, monkeypatch):
-    # Restoring is tested below; here every damage has only to send it to the first checkpoint.
-    monkeypatch.setattr("kimijax.checkpoint.train._read_state", lambda path, _: path.name)
-    rng = np.random.default_rng(0)
-    files = [path for path in (two_steps / "step_00000002").rglob("*") if path.is_file()]
-    assert len(files) > 8
-    for path in files:
-        data = path.read_bytes()
-        places = {0, len(data) - 1, *rng.integers(len(data), size=8).tolist()} if data else ()
-        for place in places:
-            flipped = bytearray(data)
-            flipped[place] ^= 1 << int(rng.integers(8))
-            path.write_bytes(flipped)
-            assert restore_latest(two_steps, STATE) == (1, "step_00000001", None), (path, place)
-            assert path.name in capsys.readouterr().err
-        for changed in (data[:-1], data + b"\n"):
-            path.write_bytes(changed)
-            assert restore_latest(two_steps, STATE) == (1, "step_00000001", None), path
-        path.write_bytes(data)
-    assert restore_latest(two_steps, STATE) == (2, "step_00000002", None)
-
-
-def test_a_damaged_state_is_named_and_the_one_before_it_used(two_steps, tmp_path, capsys):
-    run = shutil.copytree(two_steps, tmp_path / "run")
-    (run / "step_00000002" / "leaves.json").unlink()
-    assert_first_is_used(run, capsys, f"differs from its {MANIFEST} in 'leaves.json'")
-    (run / "step_00000001" / MANIFEST).write_text(json.dumps({"leaves.json": 1}))
-    with pytest.raises(UserError, match="no checkpoint is whole: step_00000002 .*step_00000001 "):
-        restore_latest(run, STATE)
-
-
-def test_an_interrupted_save_is_ignored(two_steps, tmp_path, capsys, monkeypatch):
-    run = shutil.copytree(two_steps, tmp_path / "run")
-    assert restore_latest(tmp_path / "nothing", STATE) is None
-    (run / "step_00000002").rename(run / "step_00000003.tmp")
-    assert restore_latest(run, STATE)[0] == 1
-    assert not capsys.readouterr().err
-    shutil.copytree(run / "step_00000001", run / "step_00000002")
-    (run / "step_00000002" / MANIFEST).unlink()
-    assert_first_is_used(run, capsys, f"has no {MANIFEST}")
-
-    def stop(*_):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr("kimijax.checkpoint.saver.write_manifest", stop)
-    with pytest.raises(KeyboardInterrupt):
-        save_state(run, 4, STATE)
-    monkeypatch.undo()
-    assert not list(run.glob("step_00000004*"))
-    save_state(run, 5, STATE)
-    assert not list(run.glob("*.tmp"))
-
-
-def test_a_step_saved_again_is_never_without_a_whole_checkpoint(tmp_path, monkeypatch):
-    save_state(tmp_path, 1, {"run": 1})
-    rename = type(tmp_path).rename
-
-    def stop(source, target):
-        if target.name == "step_00000001":
-            raise KeyboardInterrupt
-        return rename(source, target)
-
-    monkeypatch.setattr(type(tmp_path), "rename", stop)
-    with pytest.raises(KeyboardInterrupt):
-        save_state(tmp_path, 1, {"run": 2})
-    monkeypatch.undo()
-    assert restore_latest(tmp_path, {"run": 0}) == (1, {"run": 1}, None)
-    save_state(tmp_path, 1, {"run": 3})
-    assert [path.name for path in tmp_path.iterdir()] == ["step_00000001"]
-    assert restore_latest(tmp_path, {"run": 0}) == (1, {"run": 3}, None)

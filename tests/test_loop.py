@@ -73,6 +73,20 @@ def test_a_run_stopped_after_any_step_goes_on_at_the_exact_batch(tmp_path):
         fit(start(), phases()[:1], tmp_path / "whole", {})
 
 
+def test_a_damaged_checkpoint_costs_only_the_steps_since_the_one_before(tmp_path, capsys):
+    fit(start(), phases(), tmp_path, {}, saves=Saves(every=2, keep=3))
+    want, log = said(tmp_path), tmp_path / "metrics.jsonl"
+    place = tmp_path / "state" / "step_00000006" / "beside_00000.json"
+    place.write_bytes(place.read_bytes().replace(b"1", b"2"))
+    log.write_text(log.read_text() + '{"step": 7, "lo')  # and a line that a crash cut short
+    fit(start(), phases(), tmp_path, {}, saves=NEVER)
+    assert said(tmp_path) == want
+    assert "differs from its manifest.json in 'beside_00000.json'" in capsys.readouterr().err
+    log.write_text("lost\n" + log.read_text())
+    with pytest.raises(UserError, match="no log of a run: it has the line 'lost'; remove it"):
+        fit(start(), phases(), tmp_path, {})
+
+
 def test_lines_are_valid_json_with_speed_and_what_is_not_finite(tmp_path):
     said = [phase._replace(flops=1e6) for phase in phases()]
     fit(start(), said, tmp_path, {}, saves=NEVER, peak=1e9)

@@ -110,7 +110,7 @@ class Saver:
         meet()  # the others write when the directory is there
         (new / f"{BESIDE}_{jax.process_index():05d}.json").write_text(json.dumps(beside))
         stored = {
-            name: leaf if isinstance(leaf, jax.Array) else np.array(leaf)
+            name: _apart(leaf)
             for name, leaf in leaves.items()
             if np.size(leaf)  # orbax refuses empty arrays; the description says all of them
         }
@@ -154,6 +154,18 @@ class Saver:
     def _give_up(self, new: Path) -> None:
         if is_first():
             shutil.rmtree(new, ignore_errors=True)
+
+
+def _apart(leaf: object) -> jax.Array | np.ndarray:
+    """What is written of a leaf, whatever becomes of the leaf.
+
+    Orbax copies from devices to the host. On a CPU it would read the array itself, and a step that
+    takes its memory would wait until all is written.
+    """
+    if not isinstance(leaf, jax.Array):
+        return np.array(leaf)
+    on_host = next(iter(leaf.sharding.device_set)).platform == "cpu"
+    return jax.device_put(leaf, leaf.sharding, may_alias=False) if on_host else leaf
 
 
 def _fault(new: Path, error: BaseException) -> UserError:

@@ -4,9 +4,10 @@ import json
 import math
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import jax
 import numpy as np
@@ -20,6 +21,9 @@ from kimijax.train.phase import Phase
 
 class Log:
     """A line per step in out/metrics.jsonl, a step late: it is fetched while the next one runs.
+
+    "seconds" are from one step's end to the next one's, as the loop notices them: where batches
+    take longer than steps, a batch counts with the step before.
 
     done    steps; lines of later ones are cut
     total   tokens of the run, and `seen` of them before this start
@@ -84,18 +88,16 @@ class Log:
 
     def sync(self) -> None:
         """All lines written so far reach the disk: a checkpoint follows that counts on them."""
-        self._put("")
         if is_first():
-            os.fsync(self._file.fileno())
+            with _writing(self.path):
+                os.fsync(self._file.fileno())
         if self._board is not None:
             self._board.flush()
 
     def _put(self, text: str) -> None:
-        try:
+        with _writing(self.path):
             self._file.write(text)
             self._file.flush()
-        except OSError as error:
-            raise UserError(f"{self.path}: cannot be written: {brief(error)}") from error
 
 
 def read_log(path: Path) -> list[dict]:
@@ -125,24 +127,34 @@ def _number(value: Any) -> Any:
     return float(value) if isinstance(value, str) else value
 
 
-def _open_until(path: Path, step: int):
+@contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written: {brief(error)}; make room") from error
+
+
+def _open_until(path: Path, step: int) -> TextIO:
     """The log opened for appending, without the lines of steps after `step`."""
-    lines = []
-    if path.exists():
-        for line in path.read_text().splitlines():
-            try:
-                entry = json.loads(line)
-            except json.JSONDecodeError:
-                break  # a line cut short by a crash; its step is done again
-            if not isinstance(entry, dict) or not isinstance(entry.get("step"), int):
-                raise UserError(f"{path} is no log of a run: it has the line {line[:80]!r}")
-            if entry["step"] > step:
-                break
-            lines.append(line)
+    found, kept = path.read_text().splitlines() if path.exists() else [], []
+    for line in found:
+        try:
+            entry = json.loads(line)
+        except json.JSONDecodeError:
+            entry = None
+            if line is found[-1]:
+                break  # cut short by a crash; its step is done again
+        if not isinstance(entry, dict) or not isinstance(entry.get("step"), int):
+            raise UserError(f"{path} is no log of a run: it has the line {line[:80]!r}; remove it")
+        if entry["step"] > step:
+            break
+        kept.append(line)
     temporary = path.with_suffix(".tmp")
-    temporary.write_text("".join(line + "\n" for line in lines))
-    temporary.replace(path)
-    return path.open("a")
+    with _writing(path):
+        temporary.write_text("".join(line + "\n" for line in kept))
+        temporary.replace(path)
+        return path.open("a")
 
 
 def _board(out: Path, done: int):

@@ -8,11 +8,15 @@ import threading
 import time
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from kimijax.checkpoint import restore_latest
 from kimijax.errors import UserError
 from kimijax.parallel.processes import join
+from kimijax.train import TrainState
 from tests.conftest import assert_close
 from tests.parallel.test_mesh_commands import GOLDENS, answers
 
@@ -62,6 +66,14 @@ def test_two_processes_give_the_answer_of_one(job):
         time.sleep(0.1)
     with np.load(out / "got.npz") as held:
         got = dict(held)
+    alone = jax.tree.leaves(restore_latest(out / "state", Job(None, initial_params()).state).state)
+    trained = [got[f"param{i}"] for i in range(len(alone) - 1)]
+    jax.tree.map(np.testing.assert_array_equal, alone[1:], trained)
+    np.testing.assert_array_equal(got.pop("fit_cut"), got.pop("fit_whole"))
+    stopped = {(out / f"stopped{index}").read_text() for index in (0, 1)}  # the signal reached one
+    assert len(stopped) == 1 and "stopped after step" in stopped.pop()
+    with pytest.raises(UserError, match="2 processes saved it, each at its own place"):
+        restore_latest(out / "cut" / "state", TrainState(jnp.int32(0), jnp.zeros(8), None))
     restored = [name for name in got if name.startswith("restored")]
     assert len(restored) == len([name for name in want if name.startswith("param")])
     for name in restored:  # both saved and restored together

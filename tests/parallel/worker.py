@@ -8,6 +8,7 @@ import os
 import signal
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import flax.linen as nn
@@ -15,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.sharding import NamedSharding, PartitionSpec
 
 from kimijax.cache import empty_cache
 from kimijax.checkpoint import restore_latest, save_state
@@ -24,7 +26,8 @@ from kimijax.ops.attend import local
 from kimijax.parallel.mesh import make_mesh
 from kimijax.parallel.plan import Plan
 from kimijax.parallel.processes import join
-from kimijax.train import TrainState, make_step
+from kimijax.train import Interrupted, Phase, TrainState, fit, make_step
+from tests.toy import Walk
 
 TOKENS, CHUNK = 72, 32  # two chunks and decoding; a row that is padded on eight devices
 
@@ -113,6 +116,51 @@ def results(job: Job) -> dict[str, np.ndarray]:
     return {"whole": job.back(hidden), **leaves, "cached": job.read()}
 
 
+class Own:
+    """Batches of which every process gives its own part, from its own place."""
+
+    def __init__(self, where, index: int, stop_at: int | None):
+        self.where, self.walk, self.at, self.stop_at = where, Walk(index), 0, stop_at
+
+    def __next__(self):
+        self.at += 1
+        if self.at == self.stop_at:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return jax.make_array_from_process_local_data(self.where, np.full(4, next(self.walk)))
+
+    def get_state(self) -> dict:
+        return self.walk.get_state() | {"next": self.at}
+
+    def set_state(self, state: dict) -> None:
+        self.at = state.pop("next")
+        self.walk.set_state(state)
+
+
+def fitted(index: int, out: Path) -> dict[str, np.ndarray]:
+    """Six steps of the loop, and again with a signal to process 1 alone at the third."""
+    mesh = make_mesh({"seq": 8})
+    whole, dealt = (NamedSharding(mesh, PartitionSpec(*axes)) for axes in ((), ("seq",)))
+
+    @partial(jax.jit, out_shardings=(TrainState(whole, dealt, None), whole))
+    def step(state, batch):
+        w = jnp.sin(state.params + batch)
+        return TrainState(state.step + 1, w, None), {"loss": w.sum()}
+
+    def train(to: str, stop_at: int | None):
+        zero = jax.make_array_from_callback((8,), dealt, lambda at: np.zeros(8, np.float32)[at])
+        start = TrainState(jax.device_put(np.int32(0), whole), zero, None)
+        batches = lambda: Own(dealt, index, stop_at if index == 1 else None)  # noqa: E731
+        return fit(start, [Phase("only", 6, step, batches, 8)], out / to, {})
+
+    end = {"fit_whole": train("whole", None).params}
+    try:
+        train("cut", 3)
+    except Interrupted as stopped:
+        (out / f"stopped{index}").write_text(str(stopped))
+    end["fit_cut"] = train("cut", None).params
+    return {k: np.asarray(jax.jit(lambda x: x, out_shardings=whole)(w)) for k, w in end.items()}
+
+
 def initial_params():
     """Fixed random weights, on the host."""
     rng = np.random.default_rng(0)
@@ -135,6 +183,7 @@ def work(index: int, out: Path) -> None:
     job.state = restore_latest(out / "state", job.state).state
     again = jax.tree.leaves(job.back(job.state.params))
     got |= {f"restored{i}": x for i, x in enumerate(again)}
+    got |= fitted(index, out)
     if index == 0:
         np.savez(out / "part.npz", **got)
         (out / "part.npz").rename(out / "got.npz")
