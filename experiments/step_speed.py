@@ -114,8 +114,9 @@ def by_hand():
         {"q": draw(WIDTH, HEADS * (NOPE + ROPE)), "kv": draw(WIDTH, RANK),
          "k_rope": draw(WIDTH, ROPE), "uk": draw(RANK, HEADS * NOPE),
          "uv": draw(RANK, HEADS * NOPE), "out": draw(HEADS * NOPE, WIDTH),
-         "router": draw(WIDTH, EXPERTS), "gate": draw(EXPERTS, WIDTH, FFN), "up": draw(EXPERTS, WIDTH, FFN),
-         "down": draw(EXPERTS, FFN, WIDTH), "shared": (draw(WIDTH, FFN), draw(WIDTH, FFN),
+         "router": draw(WIDTH, EXPERTS), "gate": draw(EXPERTS, WIDTH, FFN),
+         "up": draw(EXPERTS, WIDTH, FFN), "down": draw(EXPERTS, FFN, WIDTH),
+         "shared": (draw(WIDTH, FFN), draw(WIDTH, FFN),
                                                        draw(FFN, WIDTH))}
         for _ in range(LAYERS)
     ]
