@@ -9,9 +9,10 @@ import jax.numpy as jnp
 from flax.traverse_util import flatten_dict
 
 from kimijax.cache import FAR, Cache, Memory, Tokens, Watch, lead_slots, place, run_length
-from kimijax.config import GroupConfig, ModelConfig
+from kimijax.config import GroupConfig, ModelConfig, MoEConfig
 from kimijax.errors import UserError
 from kimijax.layers.base import RMSNorm, fan_in
+from kimijax.layers.ffn import Held
 from kimijax.layers.layer import Layer
 from kimijax.ops.attend import Ops, local
 from kimijax.ops.runs import previous_runs
@@ -126,12 +127,27 @@ class Model(nn.Module):
         for i, group in enumerate(self.groups):
             state = None if cache is None else cache.states[i]
             frozen = cache.frozen.states[i] if cache is not None and cache.frozen else None
-            (x, _, state), report = group((x, jnp.int32(0), state), tokens, bare, frozen)
+            stacks = None if cache is None else self._experts(i)
+            (x, _, state), report = group((x, jnp.int32(0), state), tokens, bare, frozen, stacks)
             states.append(state)
             reports.append(report)
         if cache is not None:
             cache = cache.replace(states=tuple(states), count=cache.count + tokens.used)
         return x, cache, tuple(reports)
+
+
+    def _experts(self, i: int) -> dict[str, dict[str, jax.Array]] | None:
+        """The routed layers' parameters of a group, whole stacks, for calls with a cache.
+
+        In training a gradient through them would be as large as the stack for every layer.
+        """
+        if self.is_initializing():
+            return None
+        layers = self.variables["params"][f"group_{i}"]
+        return {
+            f"layer_{j}": nn.unbox(layers[f"layer_{j}"]["ffn"])
+            for j, layer in enumerate(self.cfg.groups[i].layers) if isinstance(layer.ffn, MoEConfig)
+        }
 
 
 class Group(nn.Module):
@@ -142,18 +158,20 @@ class Group(nn.Module):
     ops: Ops
 
     @nn.compact
-    def __call__(self, carry, tokens, bare, frozen):
+    def __call__(self, carry, tokens, bare, frozen, stacks):
         x, repeat, states = carry
         reports, new = {}, []
         for i, layer in enumerate(self.cfg.layers):
             memory = None
             if bare is not None:
                 memory = Memory(bare, states[i], frozen and frozen[i], repeat, self.ops.rows)
-            x, memory, report = Layer(layer, self.eps, self.ops, name=f"layer_{i}")(
-                x, tokens, memory
+            name = f"layer_{i}"
+            held = Held(stacks[name], repeat) if stacks and name in stacks else None
+            x, memory, report = Layer(layer, self.eps, self.ops, name=name)(
+                x, tokens, memory, held
             )
             x = self.ops.spread(x)
-            reports[f"layer_{i}"] = report
+            reports[name] = report
             new.append(memory and memory.state)
         return (x, repeat + 1, None if bare is None else tuple(new)), reports
 

@@ -1,5 +1,7 @@
 """Feed-forward layers: SwiGLU, and routed experts beside a shared one."""
 
+from typing import NamedTuple
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -26,6 +28,16 @@ class SwiGLU(nn.Module):
         return down("btf,fd->btd", jax.nn.silu(gate) * up), {}
 
 
+class Held(NamedTuple):
+    """Parameters of a layer as they lie, those of all repeats of its group.
+
+    A scan over layers slices what it scans: experts of a layer would be copied for it.
+    """
+
+    stacks: dict[str, jax.Array]  # by name, l ...
+    repeat: jax.Array  # int32: the slice that is this layer's
+
+
 class MoE(nn.Module):
     """Sigmoid-scored experts chosen with a correction bias (DeepSeek-V3's noaux_tc).
 
@@ -36,12 +48,13 @@ class MoE(nn.Module):
     ops: Ops
 
     @nn.compact
-    def __call__(self, x, tokens: Tokens):
+    def __call__(self, x, tokens: Tokens, held: Held | None = None):
         c, d = self.cfg, x.shape[-1]
         ids, w = self._route(x)
-        gate, up = (self._experts(n, (d, c.width), ("embed", "ffn")) for n in ("gate", "up"))
-        down = self._experts("down", (c.width, d), ("ffn", "embed"))
-        routed = self.ops.experts(x, ids, w, gate, up, down)
+        shapes = {"gate": (d, c.width), "up": (d, c.width), "down": (c.width, d)}
+        names = {"gate": ("embed", "ffn"), "up": ("embed", "ffn"), "down": ("ffn", "embed")}
+        experts = [self._experts(n, shapes[n], names[n], held) for n in shapes]
+        routed = self.ops.experts(x, ids, w, *experts, held and held.repeat)
         shared = SwiGLUConfig(width=c.shared_width, weights=c.shared_weights)
         shared, _ = SwiGLU(shared, self.ops, name="shared")(x, tokens)
         return routed + shared, {
@@ -49,13 +62,17 @@ class MoE(nn.Module):
             "experts": ids,
         }
 
-    def _experts(self, name: str, shape: tuple[int, int], axes: tuple[str, str]) -> Weights:
+    def _experts(
+        self, name: str, shape: tuple[int, int], axes: tuple[str, str], held: Held | None
+    ) -> Weights:
         """The matrices (in, out) of all experts, in the form that the config names."""
         c, (inputs, outputs) = self.cfg, shape
         empty = nn.initializers.zeros
         match c.weights:
             case None:
-                return weight(self, name, (c.experts, *shape), ("expert", *axes), fan_in(inputs))
+                axes = ("expert", *axes)
+                own = weight(self, name, (c.experts, *shape), axes, fan_in(inputs))
+                return own if held is None else held.stacks[name]
             case Int4Config(group=g):
                 if inputs % g or g % 8:
                     raise ValueError(f"int4 {name}: groups of {g} do not divide {inputs} inputs")
@@ -66,14 +83,15 @@ class MoE(nn.Module):
                 made = (("codes", inputs, jnp.uint8), ("scale", blocks, jnp.float32))
                 kind, rows = Fp8, -(-outputs // FP8_BLOCK)
         axes = ("expert", axes[1], axes[0])
-        return kind(*(
-            weight(
+        own = {
+            f"{name}_{part}": weight(
                 self, f"{name}_{part}",
                 (c.experts, outputs if part != "scale" else rows, columns), axes, empty,
                 dtype,
             )
             for part, columns, dtype in made
-        ))
+        }
+        return kind(*(own[n] if held is None else held.stacks[n] for n in own))
 
     def _route(self, x):
         """Expert ids and weights, b t k, in float32."""

@@ -14,7 +14,7 @@ from kimijax.config import (
 )
 from kimijax.layers.base import Conv, RMSNorm
 from kimijax.layers.compressed import Compressed
-from kimijax.layers.ffn import MoE, SwiGLU
+from kimijax.layers.ffn import Held, MoE, SwiGLU
 from kimijax.layers.kda import KDA
 from kimijax.layers.mla import MLA
 from kimijax.layers.window import Window
@@ -32,8 +32,11 @@ class Layer(nn.Module):
     ops: Ops
 
     @nn.compact
-    def __call__(self, x, tokens: Tokens, memory: Memory | None):
-        """x b t d -> (x, memory, what the layer reports of itself)."""
+    def __call__(self, x, tokens: Tokens, memory: Memory | None, held: Held | None = None):
+        """x b t d -> (x, memory, what the layer reports of itself).
+
+        held  its experts, to be read where they lie; None: as parameters of its own
+        """
         h = RMSNorm(self.eps, name="norm")(x)
         if self.cfg.conv:
             past = None if memory is None else memory.get("conv")
@@ -42,7 +45,7 @@ class Layer(nn.Module):
         mixer = MIXERS[type(self.cfg.mixer)](self.cfg.mixer, self.ops, name="mixer")
         y, memory, seen = mixer(h, tokens, memory)
         x = x + y
-        y, loads = FFNS[type(self.cfg.ffn)](self.cfg.ffn, self.ops, name="ffn")(
-            RMSNorm(self.eps, name="ffn_norm")(x), tokens
-        )
+        ffn = FFNS[type(self.cfg.ffn)](self.cfg.ffn, self.ops, name="ffn")
+        h = RMSNorm(self.eps, name="ffn_norm")(x)
+        y, loads = ffn(h, tokens) if held is None else ffn(h, tokens, held)
         return x + y, memory, {"mixer": seen, "ffn": loads}

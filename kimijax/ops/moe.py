@@ -5,6 +5,7 @@ one tile per expert more than needed. Grouped: sorted, then a kernel for each of
 (kernels_pallas.grouped_matmul). Packed matrices are read as they are stored in both.
 """
 
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -47,30 +48,34 @@ def dispatch(ids: jax.Array, experts: int, tile: int) -> Dispatch:
 
 
 def tiled_experts(
-    x: jax.Array, ids: jax.Array, weight: jax.Array, gate: Weights, up: Weights, down: Weights
+    x: jax.Array, ids: jax.Array, weight: jax.Array, gate: Weights, up: Weights, down: Weights,
+    layer: jax.Array | None = None,
 ) -> jax.Array:
     """Weighted SwiGLU experts of each token, by tiles: x b t d, ids and weight b t k -> b t d.
 
     gate and up are e d f, down e f d; packed ones are expanded an expert at a time. Ids outside
     0 .. e-1 add nothing.
+
+    layer  int32 scalar: matrices are stacks l e ..., of which this slice is meant; it is not copied
     """
     flat, ids, weight = (a.reshape(-1, a.shape[-1]) for a in (x, ids, weight))
-    plan = dispatch(ids, _count(gate), tile_rows(ids.size, _count(gate)))
-    return combine(expert_mlp(flat, plan, gate, up, down), plan, weight).reshape(x.shape)
+    experts = count(gate, layer)
+    plan = dispatch(ids, experts, tile_rows(ids.size, experts))
+    return combine(expert_mlp(flat, plan, gate, up, down, layer), plan, weight).reshape(x.shape)
 
 
 def grouped_experts(
-    x: jax.Array, ids: jax.Array, weight: jax.Array, gate: Weights, up: Weights, down: Weights, *,
-    impl: str,
+    x: jax.Array, ids: jax.Array, weight: jax.Array, gate: Weights, up: Weights, down: Weights,
+    layer: jax.Array | None = None, *, impl: str,
 ) -> jax.Array:
     """The same by products over tokens sorted by expert, `impl` of grouped_matmul: for a TPU."""
-    flat, k, experts = x.reshape(-1, x.shape[-1]), ids.shape[-1], _count(gate)
+    flat, k, experts = x.reshape(-1, x.shape[-1]), ids.shape[-1], count(gate, layer)
     n, ids = flat.shape[0], ids.reshape(-1)
     mine = (ids >= 0) & (ids < experts)
     ids = jnp.where(mine, ids, experts)
     order = jnp.argsort(ids, stable=True)
     sizes = jnp.zeros(experts, jnp.int32).at[ids].add(1, mode="drop")
-    product = lambda x, w: grouped_matmul(x, w, sizes, impl=impl)  # noqa: E731
+    product = partial(grouped_matmul, sizes=sizes, layer=layer, impl=impl)
     rows = flat[order // k]
     out = product(jax.nn.silu(product(rows, gate)) * product(rows, up), down)
     back = jnp.zeros(n * k, jnp.int32).at[order].set(jnp.arange(n * k, dtype=jnp.int32))
@@ -79,12 +84,14 @@ def grouped_experts(
     return jnp.einsum("nkd,nk->nd", out, weight).reshape(x.shape)
 
 
-def _count(experts: Weights) -> int:
-    return jax.tree.leaves(experts)[0].shape[0]
+def count(experts: Weights, layer: jax.Array | None) -> int:
+    """How many experts there are, of one layer or of each in a stack."""
+    return jax.tree.leaves(experts)[0].shape[0 if layer is None else 1]
 
 
 def expert_mlp(
-    x: jax.Array, plan: Dispatch, gate: Weights, up: Weights, down: Weights
+    x: jax.Array, plan: Dispatch, gate: Weights, up: Weights, down: Weights,
+    layer: jax.Array | None = None,
 ) -> jax.Array:
     """SwiGLU of each row's expert: x n d, gate and up e d f, down e f d -> rows of the buffer.
 
@@ -97,9 +104,10 @@ def expert_mlp(
     rows = padded[plan.source].reshape(-1, tile, d)
 
     def mlp(row, expert):
-        h = jax.nn.silu(row @ matrix(gate, expert, x.dtype))
-        h = h * (row @ matrix(up, expert, x.dtype))
-        return h @ matrix(down, expert, x.dtype)
+        at = expert if layer is None else (layer, expert)
+        h = jax.nn.silu(row @ matrix(gate, at, x.dtype))
+        h = h * (row @ matrix(up, at, x.dtype))
+        return h @ matrix(down, at, x.dtype)
 
     if tile == 1 and tiles <= UNROLLED:
         # Every tile has its row. Written out, the slice of an expert is one with that of its layer;
