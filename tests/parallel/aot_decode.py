@@ -1,4 +1,4 @@
-"""Prints, as JSON, what a TPU's compiler says of a token behind a long cache in dense layers of K2.
+"""Prints, as JSON, what a TPU's compiler says of a token behind a cache in some layers of K2.
 
 A process of its own: flags that tests set for a CPU would reach the compiler too.
 """
@@ -11,17 +11,21 @@ from kimijax import presets
 from kimijax.parallel.mesh import topology_mesh
 from kimijax.parallel.plan import Plan
 
-TOKENS = 131_072  # a chip
+TOKENS = {"dense": 131_072, "experts": 4096}  # a chip
 
 
 def main() -> None:
-    """Four chips, a row of all their tokens."""
-    cfg = presets.kimi_k2()
-    dense = dataclasses.replace(cfg.groups[0], repeat=4)
-    cfg = dataclasses.replace(cfg, vocab=1024, groups=(dense,))
-    plan = Plan(topology_mesh("v5p:2x2x1", {"seq": 2, "expert": 2}))
-    memory = decoding(cfg, plan, 4 * TOKENS).compile().memory_analysis()
-    print(json.dumps({"cache": memory.alias_size_in_bytes, "temp": memory.temp_size_in_bytes}))
+    """Four chips, a row of all their tokens; dense layers, then two with experts."""
+    for kind, group, repeat in (("dense", 0, 4), ("experts", 1, 2)):
+        cfg = presets.kimi_k2()
+        layers = dataclasses.replace(cfg.groups[group], repeat=repeat)
+        cfg = dataclasses.replace(cfg, vocab=1024, groups=(layers,))
+        plan = Plan(topology_mesh("v5p:2x2x1", {"seq": 2, "expert": 2}))
+        memory = decoding(cfg, plan, 4 * TOKENS[kind]).compile().memory_analysis()
+        print(json.dumps({
+            "cache": memory.alias_size_in_bytes, "temp": memory.temp_size_in_bytes,
+            "weights": memory.argument_size_in_bytes - memory.alias_size_in_bytes,
+        }))
 
 
 if __name__ == "__main__":

@@ -13,13 +13,16 @@ from tests.parallel.aot_decode import TOKENS
 pytestmark = pytest.mark.skipif(aot.available() is not None, reason=str(aot.available()))
 
 
-def test_a_token_behind_a_long_cache_copies_none_of_it():
+def test_a_token_copies_nothing_of_a_long_cache_or_of_the_experts():
     env = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"} | aot.environment()
     done = subprocess.run(
         [sys.executable, "-m", "tests.parallel.aot_decode"], env=env, text=True,
         capture_output=True, timeout=120,
     )
     assert done.returncode == 0, done.stderr[-500:]
-    said = json.loads(done.stdout.splitlines()[-1])
-    assert said["cache"] >= 4 * TOKENS * 576 * 2
-    assert said["temp"] < 0.02 * said["cache"]
+    dense, experts = map(json.loads, done.stdout.splitlines()[-2:])
+    assert dense["cache"] >= 4 * TOKENS["dense"] * 576 * 2
+    assert dense["temp"] < 0.02 * dense["cache"]
+    one = 192 * 3 * 7168 * 2048 * 2  # bytes of a layer's experts on a chip
+    assert experts["weights"] >= 2 * one
+    assert experts["temp"] < 0.02 * one
