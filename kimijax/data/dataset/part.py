@@ -1,6 +1,7 @@
 """What a worker makes of a part: one file of tokens and of what they are."""
 
 import json
+import os
 import zipfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -10,7 +11,6 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
-from kimijax.checkpoint.common import sync
 from kimijax.data.dataset.format import dtype_of
 from kimijax.data.documents.inputs import Part, Unit
 from kimijax.data.documents.read import Document, Fields, documents, place
@@ -69,7 +69,8 @@ def save_part(path: Path, encoded: Encoded) -> None:
     temporary = path.with_suffix(".tmp")
     with temporary.open("wb") as file:
         np.savez(file, **encoded._asdict())
-    sync([temporary])
+        file.flush()
+        os.fsync(file.fileno())
     temporary.replace(path)
 
 
