@@ -26,11 +26,12 @@ def kimijax(monkeypatch, capsys):
 @pytest.fixture(scope="session")
 def model_dir(tmp_path_factory):
     """A model directory with a BPE, an end token and a chat template."""
-    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
     directory = tmp_path_factory.mktemp("model")
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=300, show_progress=False, special_tokens=["<eos>", "<|user|>", "<|bot|>"],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),

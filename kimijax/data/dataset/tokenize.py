@@ -135,7 +135,7 @@ def _encode_missing(
         (tokenizer, options),
     )
     try:
-        futures: list[Future] = [pool.submit(_work, part, path) for part, path in todo]
+        futures = _submit(pool, todo)
         for future in as_completed(futures):
             on_part(*future.result(), total, True)
     except BrokenProcessPool as error:
@@ -143,6 +143,15 @@ def _encode_missing(
                         "--jobs; the same command goes on") from error
     finally:
         pool.shutdown(cancel_futures=True)
+
+
+def _submit(pool: ProcessPoolExecutor, todo: Sequence[tuple[Part, Path]]) -> list[Future]:
+    """Begin; workers are started here and inherit that Ctrl-C waits until they are ready for it."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        return [pool.submit(_work, part, path) for part, path in todo]
+    finally:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
 
 
 _worker: list = []  # tokenizer and options of this process
@@ -156,6 +165,7 @@ def _start(tokenizer: str | os.PathLike | None, options: Options) -> None:
 
 def _start_worker(tokenizer: str | os.PathLike | None, options: Options) -> None:
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends workers without a traceback
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
     threading.Thread(target=_end_with_parent, daemon=True).start()
     _start(tokenizer, options)
 
