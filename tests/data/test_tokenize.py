@@ -194,6 +194,7 @@ def test_other_refusals(tmp_path, kimijax, monkeypatch):
         ([tmp_path / "broken.gz", *out], "broken.gz: cannot be read"),
         ([good, tmp_path / "other/in", *out], "a second source named 'in'"),
         ([good, "--out", good], "exists already; remove it or name another --out"),
+        ([good, "--out", "/dev/null/x"], "/dev/null/x.partial: cannot be written: Not a"),
         ([good, *out, "--jobs", 0], "--jobs 0: must be at least 1"),
         ([good, *out, "--tokenizer", tmp_path / "none"], "none: does not exist"),
         ([tmp_path / "a.parquet", *out], "has no column 'text' but body, n"),

@@ -14,6 +14,7 @@ import numpy as np
 from kimijax.data.dataset.format import dtype_of
 from kimijax.data.documents.inputs import Part, Unit
 from kimijax.data.documents.read import Document, Fields, documents, place
+from kimijax.data.foreign import writing
 from kimijax.data.tokenizer import Tokenizer
 from kimijax.errors import UserError
 
@@ -66,12 +67,13 @@ def encode_part(part: Part, tokenizer: Tokenizer, options: Options) -> Encoded:
 
 def save_part(path: Path, encoded: Encoded) -> None:
     """Write a part; it reaches the disk before it takes its name."""
-    temporary = path.with_suffix(".tmp")
-    with temporary.open("wb") as file:
+    # Named by process: one whose parent was killed may still be writing the same.
+    temporary = path.with_suffix(f".{os.getpid()}.tmp")
+    with writing(path), temporary.open("wb") as file:
         np.savez(file, **encoded._asdict())
         file.flush()
         os.fsync(file.fileno())
-    temporary.replace(path)
+        temporary.replace(path)
 
 
 def load_part(path: Path, *names: str) -> tuple[np.ndarray, ...]:

@@ -24,7 +24,7 @@ from kimijax.data.dataset.assemble import assemble
 from kimijax.data.dataset.format import Info
 from kimijax.data.dataset.part import Options, encode_part, load_part, save_part
 from kimijax.data.documents.inputs import Input, Part, deal, find_inputs
-from kimijax.data.foreign import read_object, refusing
+from kimijax.data.foreign import read_object, writing
 from kimijax.data.tokenizer import Tokenizer, load_tokenizer, tokenizer_digest
 from kimijax.errors import UserError
 
@@ -60,11 +60,12 @@ def tokenize(
         _encode_missing(list(zip(parts, files, strict=True)), tokenizer, jobs, options, on_part)
         shutil.rmtree(work / "dataset", ignore_errors=True)  # of a run killed while it wrote
         name = "bytes" if tokenizer is None else Path(tokenizer).resolve().name
-        info = assemble(
-            work / "dataset", list(zip(parts, files, strict=True)), codec, name, digest
-        )
-        (work / "dataset").rename(out)
-        shutil.rmtree(work)
+        with writing(work):
+            info = assemble(
+                work / "dataset", list(zip(parts, files, strict=True)), codec, name, digest
+            )
+            (work / "dataset").rename(out)
+            shutil.rmtree(work)
     return info
 
 
@@ -85,7 +86,7 @@ def _tokenizer(directory: str | os.PathLike | None) -> Tokenizer:
 @contextlib.contextmanager
 def _claimed(work: Path, plan: dict) -> Iterator[None]:
     """The half-done dataset of a plan, for this process alone."""
-    with refusing(f"{work}: cannot be written", "name another --out"):
+    with writing(work):
         work.mkdir(parents=True, exist_ok=True)
         handle = os.open(work, os.O_RDONLY)
     try:
@@ -110,9 +111,10 @@ def _check_plan(work: Path, plan: dict) -> None:
             f"{work}: was begun with another tokenizer, other inputs or other options "
             f"(different: {', '.join(wrong)}); give the same again, or remove it"
         )
-    temporary = work / f"{PLAN}.tmp"
-    temporary.write_text(json.dumps(plan, indent=1))
-    temporary.replace(work / PLAN)
+    with writing(work):
+        temporary = work / f"{PLAN}.tmp"
+        temporary.write_text(json.dumps(plan, indent=1))
+        temporary.replace(work / PLAN)
 
 
 def _encode_missing(
