@@ -1,15 +1,16 @@
 """How much of the tokenizer library's own rate is left when `kimijax tokenize` makes a dataset?
 
 Ask     Bytes of text a second and core, next to the library `tokenizers` encoding the same texts.
-Run     python -m experiments.tokenize_speed --work DIR [--megabytes 100] [--pairs 2]
+Run     python -m experiments.tokenize_speed --work DIR [--megabytes 100] [--pieces 10]
 Cost    about six minutes on two cores and 500 MB of disk space.
 Answer  not run yet
 
-The text is this environment's Python files as JSONL; a BPE of 32,768 tokens is trained on a part of
-them. The library's side is `encode_batch_fast` of all texts in one thread, the time of that call
-alone; ours is the whole command, from reading JSON to the dataset's last rename, with one process
-and with two, so divided by two. The two sides take turns. Bytes, which no library encodes, come
-last. On a machine with other work the clock says little; seconds of the processor count then.
+The text is this environment's Python files as JSONL, in pieces; a BPE of 32,768 tokens is trained
+on a part of them. The library's side is `encode_batch_fast` of a piece's texts in one thread, the
+time of that call alone; ours is the whole command, from the start of Python to the dataset's last
+rename, with one process and with two, so divided by two. The sides take turns, piece by piece.
+Bytes, which no library encodes, come last. On a machine with other work the clock says little;
+seconds of the processor count then.
 """
 
 import argparse
@@ -33,7 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of the measurement."""
     parser.add_argument("--work", required=True, metavar="DIR", help="an empty directory to use")
     parser.add_argument("--megabytes", type=float, default=100.0)
-    parser.add_argument("--pairs", type=int, default=2, help="measurements, one after the other")
+    parser.add_argument("--pieces", type=int, default=10, help="that the text is measured in")
 
 
 def take_texts(size: float) -> list[str]:
@@ -76,12 +77,12 @@ def library_seconds(texts: list[str], directory: Path) -> tuple[float, float]:
     return time.perf_counter() - began, time.process_time() - used
 
 
-def command_seconds(work: Path, jobs: int, *options: str) -> tuple[float, float]:
+def command_seconds(texts: Path, work: Path, jobs: int, *options: str) -> tuple[float, float]:
     """Seconds of `kimijax tokenize` from start to end, as above."""
     shutil.rmtree(work / "out", ignore_errors=True)
     began, used = time.perf_counter(), _children_seconds()
     subprocess.run(
-        [sys.executable, "-c", COMMAND, "tokenize", str(work / "texts.jsonl"), "--out",
+        [sys.executable, "-c", COMMAND, "tokenize", str(texts), "--out",
          str(work / "out"), "--jobs", str(jobs), *options], check=True, capture_output=True,
     )
     return time.perf_counter() - began, _children_seconds() - used
@@ -93,31 +94,38 @@ def _children_seconds() -> float:
 
 
 def main(args: argparse.Namespace) -> int:
-    """Write the texts, train, measure in turn, print every pair."""
+    """Write the texts, train, measure in turn, print every piece and the sums."""
+    import numpy as np
+
     os.environ |= {"TOKENIZERS_PARALLELISM": "false", "RAYON_NUM_THREADS": "1"}
-    work = Path(args.work)
+    work, model = Path(args.work), Path(args.work) / "model"
     work.mkdir(parents=True, exist_ok=True)
     texts = take_texts(args.megabytes * 1e6)
-    size = sum(len(text.encode()) for text in texts) / 1e6
-    with (work / "texts.jsonl").open("w") as file:
-        file.writelines(json.dumps({"text": text}) + "\n" for text in texts)
-    model = work / "model"
     train_tokenizer(texts, model)
-    print(f"{size:.1f} MB in {len(texts)} texts")
-    for _ in range(args.pairs):
-        clock, used = library_seconds(texts, model)
-        print(f"library {size / clock:.2f} MB/s, {size / used:.2f} MB per second of the processor")
-        for jobs in (1, 2):
-            own_clock, own_used = command_seconds(work, jobs, "--tokenizer", str(model))
-            print(f"  jobs {jobs}: {size / own_clock / jobs:.2f} MB/s a core, "
-                  f"{size / own_used:.2f} MB per second of the processor: "
-                  f"{clock / own_clock / jobs:.2f} and {used / own_used:.2f} of the library",
-                  flush=True)
+    sizes, seconds = [], []
+    for i in range(args.pieces):
+        piece, path = texts[i :: args.pieces], work / f"{i}.jsonl"
+        path.write_text("".join(json.dumps({"text": text}) + "\n" for text in piece))
+        sizes.append(sum(len(text.encode()) for text in piece) / 1e6)
+        own = [command_seconds(path, work, jobs, "--tokenizer", str(model)) for jobs in (1, 2)]
+        seconds.append([library_seconds(piece, model), *own])
+        _report(f"piece {i}", sizes[-1], np.array(seconds[-1]))
+    _report("all", sum(sizes), np.array(seconds).sum(0))
     for jobs in (1, 2):
-        clock, used = command_seconds(work, jobs)
-        print(f"bytes, jobs {jobs}: {size / clock:.1f} MB/s in all, {size / used:.1f} MB per second"
-              " of the processor")
+        clock, used = command_seconds(work / "0.jsonl", work, jobs)
+        print(f"bytes, jobs {jobs}: {sizes[0] / clock:.1f} MB/s in all, {sizes[0] / used:.1f} MB "
+              "per second of the processor")
     return 0
+
+
+def _report(name: str, size: float, seconds) -> None:
+    """seconds  (library, one process, two) by (clock, processor)"""
+    seconds = seconds / [[1, 1], [1, 1], [0.5, 1]]  # a core's share of the clock
+    rates, shares = size / seconds, seconds[0] / seconds
+    print(f"{name}: library {rates[0, 0]:.2f} MB/s by the clock, {rates[0, 1]:.2f} by the CPU")
+    for jobs in (1, 2):
+        print(f"  jobs {jobs}: {rates[jobs, 0]:.2f} and {rates[jobs, 1]:.2f}, "
+              f"{shares[jobs, 0]:.2f} and {shares[jobs, 1]:.2f} of the library", flush=True)
 
 
 if __name__ == "__main__":

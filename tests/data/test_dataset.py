@@ -107,6 +107,10 @@ def test_tokens_that_lie_are_refused_when_read(good, tmp_path):
     flip(path)
     with pytest.raises(UserError, match="tokens: cannot be read: .*make it anew"):
         open_dataset(path).read([(0, 0, 5)])
+    path = shutil.copytree(good, tmp_path / "moved")  # as many bytes, but not where they belong
+    (path / "tokens/c/0").rename(path / "tokens/c/9")
+    with pytest.raises(UserError, match="tokens: cannot be read: .*missing"):
+        open_dataset(path).read([(0, 0, 5)])
     path = shutil.copytree(good, tmp_path / "foreign")
     info = open_dataset(path).info
     ids = open_array(path, "tokens", info.tokens, "uint16").read().result().copy()

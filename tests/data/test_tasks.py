@@ -61,6 +61,11 @@ def test_what_is_copied_was_there_before():
         assert answer == said and row.ids[-len(answer) - 1] == 299 and max(said) < 299
 
 
+def test_rows_take_other_stretches_of_the_text():
+    rows = task_rows(KeyTask(length=500, hay=np.arange(7400)), 0, 6)
+    assert len({int(rows[i].ids[:400].max()) for i in range(6)}) == 6
+
+
 @pytest.mark.parametrize("name", TASKS)
 def test_rows_are_functions_of_seed_and_index(name):
     rows, again = (task_rows(TASKS[name], 1, 8) for _ in range(2))

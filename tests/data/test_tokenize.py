@@ -54,7 +54,9 @@ def test_every_kind_of_file_gives_the_same_documents(tmp_path, rng, model_dir):
                               "de": (3, sum(map(len, want[1::2])))}
 
 
-def test_a_long_text_is_one_document_whatever_its_pieces(tmp_path, rng, monkeypatch):
+def test_a_long_text_is_one_document_whatever_its_pieces(
+    tmp_path, rng, monkeypatch, kimijax, model_dir
+):
     monkeypatch.setattr(inputs, "PIECE", 1000)
     monkeypatch.setattr(text, "PIECE", 1000)
     monkeypatch.setattr(text, "REACH", 64)
@@ -65,12 +67,18 @@ def test_a_long_text_is_one_document_whatever_its_pieces(tmp_path, rng, monkeypa
         dataset = open_dataset(tmp_path / f"{name}.out")
         assert dataset.info.documents == 1 and dataset.info.bad == 0
         assert bytes(all_of(dataset)[0]) == long.encode()
+    tokenize([tmp_path / "long"], tmp_path / "ended.out", model_dir)
+    (ids,) = all_of(open_dataset(tmp_path / "ended.out"))
+    assert load_tokenizer(model_dir).decode(ids) == long + "<eos>" and ids.count(0) == 1
     lines = [{"text": x} for x in texts(rng, 40, 60)]
     write(tmp_path / "many.jsonl", lines)
     assert len(list(inputs._units(inputs.find_inputs([tmp_path / "many.jsonl"])[0]))) > 5
     tokenize([tmp_path / "many.jsonl"], tmp_path / "many.out")
     got = [bytes(x).decode() for x in all_of(open_dataset(tmp_path / "many.out"))]
     assert got == [x["text"] for x in lines]
+    write(tmp_path / "faulty.jsonl", [*lines[:29], {"txt": ""}, *lines])
+    code, _, errors = kimijax("tokenize", tmp_path / "faulty.jsonl", "--out", tmp_path / "faulty")
+    assert code == 2 and "faulty.jsonl: line 30 lacks the field 'text'" in errors
 
 
 def test_empty_and_faulty_documents_are_left_out_and_counted(tmp_path, kimijax):
@@ -127,7 +135,9 @@ def test_a_killed_run_is_gone_on_with(many, tmp_path, how):
     assert done >= 3 and not out.exists()
     seen = []
     tokenize([many / "in"], out, on_part=lambda *x: seen.append(x[3]))
-    assert seen.count(False) == done and (how == signal.SIGINT or done < len(seen))
+    total = len(inputs.deal(inputs.find_inputs([many / "in"])))
+    assert done < total
+    assert (seen.count(False), seen.count(True)) == (done, total - done)
     assert contents(out) == contents(many / "want") and not work.exists()
 
 
