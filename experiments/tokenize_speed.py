@@ -1,16 +1,16 @@
 """How much of the tokenizer library's own rate is left when `kimijax tokenize` makes a dataset?
 
 Ask     Bytes of text a second and core, next to the library `tokenizers` encoding the same texts.
-Run     python -m experiments.tokenize_speed --work DIR [--megabytes 100] [--pieces 10]
+Run     python -m experiments.tokenize_speed --work DIR [--megabytes 100]
 Cost    about six minutes on two cores and 500 MB of disk space.
 Answer  not run yet
 
-The text is this environment's Python files as JSONL, in pieces; a BPE of 32,768 tokens is trained
-on a part of them. The library's side is `encode_batch_fast` of a piece's texts in one thread, the
-time of that call alone; ours is the whole command, from the start of Python to the dataset's last
-rename, with one process and with two, so divided by two. The sides take turns, piece by piece.
-Bytes, which no library encodes, come last. On a machine with other work the clock says little;
-seconds of the processor count then.
+The text is this environment's Python files as JSONL; a BPE of 32,768 tokens is trained on a part of
+them. The library's side is `encode_batch_fast` of all texts in one thread, the time of that call
+alone, before and after each of ours; ours is the whole command, from the start of Python to the
+dataset's last rename, with one process and with two, so divided by two. Bytes, which no library
+encodes, come last. On a machine with other work the clock says little; seconds of the processor
+count then.
 """
 
 import argparse
@@ -34,7 +34,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of the measurement."""
     parser.add_argument("--work", required=True, metavar="DIR", help="an empty directory to use")
     parser.add_argument("--megabytes", type=float, default=100.0)
-    parser.add_argument("--pieces", type=int, default=10, help="that the text is measured in")
 
 
 def take_texts(size: float) -> list[str]:
@@ -102,30 +101,23 @@ def main(args: argparse.Namespace) -> int:
     work.mkdir(parents=True, exist_ok=True)
     texts = take_texts(args.megabytes * 1e6)
     train_tokenizer(texts, model)
-    sizes, seconds = [], []
-    for i in range(args.pieces):
-        piece, path = texts[i :: args.pieces], work / f"{i}.jsonl"
-        path.write_text("".join(json.dumps({"text": text}) + "\n" for text in piece))
-        sizes.append(sum(len(text.encode()) for text in piece) / 1e6)
-        own = [command_seconds(path, work, jobs, "--tokenizer", str(model)) for jobs in (1, 2)]
-        seconds.append([library_seconds(piece, model), *own])
-        _report(f"piece {i}", sizes[-1], np.array(seconds[-1]))
-    _report("all", sum(sizes), np.array(seconds).sum(0))
+    path = work / "texts.jsonl"
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    size = sum(len(text.encode()) for text in texts) / 1e6
+    before = np.array(library_seconds(texts, model))
     for jobs in (1, 2):
-        clock, used = command_seconds(work / "0.jsonl", work, jobs)
-        print(f"bytes, jobs {jobs}: {sizes[0] / clock:.1f} MB/s in all, {sizes[0] / used:.1f} MB "
-              "per second of the processor")
+        clock, used = command_seconds(path, work, jobs, "--tokenizer", str(model))
+        after = np.array(library_seconds(texts, model))
+        seconds = np.stack([before, after, [clock * jobs, used]])
+        shares, before = (before + after) / 2 / seconds[2], after
+        for name, (rate, by_cpu) in zip(("library", "again", f"jobs {jobs}"), size / seconds,
+                                        strict=True):
+            print(f"{name}: {rate:.2f} MB/s a core by the clock, {by_cpu:.2f} by the CPU")
+        print(f"  {shares[0]:.2f} and {shares[1]:.2f} of the library", flush=True)
+    for jobs in (1, 2):
+        clock, used = command_seconds(path, work, jobs)
+        print(f"bytes, jobs {jobs}: {size / clock:.1f} MB/s in all, {size / used:.1f} by the CPU")
     return 0
-
-
-def _report(name: str, size: float, seconds) -> None:
-    """seconds  (library, one process, two) by (clock, processor)"""
-    seconds = seconds / [[1, 1], [1, 1], [0.5, 1]]  # a core's share of the clock
-    rates, shares = size / seconds, seconds[0] / seconds
-    print(f"{name}: library {rates[0, 0]:.2f} MB/s by the clock, {rates[0, 1]:.2f} by the CPU")
-    for jobs in (1, 2):
-        print(f"  jobs {jobs}: {rates[jobs, 0]:.2f} and {rates[jobs, 1]:.2f}, "
-              f"{shares[jobs, 0]:.2f} and {shares[jobs, 1]:.2f} of the library", flush=True)
 
 
 if __name__ == "__main__":

@@ -57,13 +57,12 @@ def tokenize(
     work = out.with_name(f"{out.name}.partial")
     with _claimed(work, plan_of(found, digest, options)):
         files = [work / f"{part.number:06d}.npz" for part in parts]
-        _encode_missing(list(zip(parts, files, strict=True)), tokenizer, jobs, options, on_part)
+        made = list(zip(parts, files, strict=True))
+        _encode_missing(made, tokenizer, codec, jobs, options, on_part)
         shutil.rmtree(work / "dataset", ignore_errors=True)  # of a run killed while it wrote
         name = "bytes" if tokenizer is None else Path(tokenizer).resolve().name
         with writing(work):
-            info = assemble(
-                work / "dataset", list(zip(parts, files, strict=True)), codec, name, digest
-            )
+            info = assemble(work / "dataset", made, codec, name, digest)
             (work / "dataset").rename(out)
             shutil.rmtree(work)
     return info
@@ -118,8 +117,8 @@ def _check_plan(work: Path, plan: dict) -> None:
 
 
 def _encode_missing(
-    files: Sequence[tuple[Part, Path]], tokenizer: str | os.PathLike | None, jobs: int,
-    options: Options, on_part: Progress,
+    files: Sequence[tuple[Part, Path]], tokenizer: str | os.PathLike | None, codec: Tokenizer,
+    jobs: int, options: Options, on_part: Progress,
 ) -> None:
     """Encode the parts that have no file yet."""
     total = sum(part.bytes for part, _ in files)
@@ -128,7 +127,7 @@ def _encode_missing(
         if path.exists():
             on_part(part.bytes, int(load_part(path, "lengths")[0].sum()), total, False)
     if jobs == 1:
-        _start(tokenizer, options)
+        _start(codec, options)
         for part, path in todo:
             on_part(*_work(part, path), total, True)
         return
@@ -159,17 +158,17 @@ def _submit(pool: ProcessPoolExecutor, todo: Sequence[tuple[Part, Path]]) -> lis
 _worker: list = []  # tokenizer and options of this process
 
 
-def _start(tokenizer: str | os.PathLike | None, options: Options) -> None:
+def _start(tokenizer: Tokenizer, options: Options) -> None:
     # A process for every core: threads of the library would only wait for one another.
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    _worker[:] = _tokenizer(tokenizer), options
+    _worker[:] = tokenizer, options
 
 
 def _start_worker(tokenizer: str | os.PathLike | None, options: Options) -> None:
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends workers without a traceback
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    _start(tokenizer, options)
+    _start(_tokenizer(tokenizer), options)
 
 
 def _end_with_parent() -> None:
