@@ -94,6 +94,8 @@ def test_text_becomes_a_special_token_only_when_asked(tokenizer):
     special = set(tokenizer.specials.values())
     for text in TEXTS:
         assert special.isdisjoint(tokenizer.encode(text))
+    batch = tokenizer.encode_batch(TEXTS)
+    assert [ids.tolist() for ids in batch] == [tokenizer.encode(text) for text in TEXTS]
     for name, i in tokenizer.specials.items():
         assert tokenizer.encode(f"a{name}b", special=True)[1:-1] == [i]
         assert i not in tokenizer.encode(f"a{name}b")
@@ -153,6 +155,7 @@ def test_a_name_in_the_ordinary_vocabulary_is_broken_up(tmp_path):
     tokenizer = load_tokenizer(tmp_path)
     assert tokenizer.encode("a [X] b", special=True) == [0, 1, 2]
     assert tokenizer.encode("a [X] b") == [0, 2, 2, 2]
+    assert [x.tolist() for x in tokenizer.encode_batch(["a", "a [X] b"])] == [[0], [0, 2, 2, 2]]
 
 
 def test_a_file_cannot_cut_or_fill_what_is_encoded(tmp_path):

@@ -36,6 +36,16 @@ def refusing(what: str, remedy: str) -> Iterator[None]:
         raise UserError(f"{what}: {fault}; {remedy}") from error
 
 
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """What the disk refuses becomes a UserError: one line."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written: {error.strerror or error}; make room, or name "
+                        "another place") from error
+
+
 def read_file(path: Path, limit: int = MAX_FILE) -> bytes:
     try:
         if (size := path.stat().st_size) > limit:

@@ -133,7 +133,7 @@ def _spec(path: Path, length: int, dtype: str) -> dict:
 
 
 def _fault(info: Info) -> str | None:
-    counts = {f.name: getattr(info, f.name) for f in fields(info) if f.type == "int"}
+    counts = {f.name: getattr(info, f.name) for f in fields(info) if f.type is int}
     for name, value in counts.items():
         if not is_id(value, MAX_COUNT):
             return f"{name} is {value!r:.40}, must be a number from 0 to 2^48"

@@ -1,6 +1,7 @@
 """What a worker makes of a part: one file of tokens and of what they are."""
 
 import json
+import os
 import zipfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -10,10 +11,10 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
-from kimijax.checkpoint.common import sync
 from kimijax.data.dataset.format import dtype_of
 from kimijax.data.documents.inputs import Part, Unit
 from kimijax.data.documents.read import Document, Fields, documents, place
+from kimijax.data.foreign import writing
 from kimijax.data.tokenizer import Tokenizer
 from kimijax.errors import UserError
 
@@ -66,11 +67,13 @@ def encode_part(part: Part, tokenizer: Tokenizer, options: Options) -> Encoded:
 
 def save_part(path: Path, encoded: Encoded) -> None:
     """Write a part; it reaches the disk before it takes its name."""
-    temporary = path.with_suffix(".tmp")
-    with temporary.open("wb") as file:
+    # Named by process: one whose parent was killed may still be writing the same.
+    temporary = path.with_suffix(f".{os.getpid()}.tmp")
+    with writing(path), temporary.open("wb") as file:
         np.savez(file, **encoded._asdict())
-    sync([temporary])
-    temporary.replace(path)
+        file.flush()
+        os.fsync(file.fileno())
+        temporary.replace(path)
 
 
 def load_part(path: Path, *names: str) -> tuple[np.ndarray, ...]:

@@ -24,7 +24,7 @@ from kimijax.data.dataset.assemble import assemble
 from kimijax.data.dataset.format import Info
 from kimijax.data.dataset.part import Options, encode_part, load_part, save_part
 from kimijax.data.documents.inputs import Input, Part, deal, find_inputs
-from kimijax.data.foreign import read_object, refusing
+from kimijax.data.foreign import read_object, writing
 from kimijax.data.tokenizer import Tokenizer, load_tokenizer, tokenizer_digest
 from kimijax.errors import UserError
 
@@ -57,14 +57,14 @@ def tokenize(
     work = out.with_name(f"{out.name}.partial")
     with _claimed(work, plan_of(found, digest, options)):
         files = [work / f"{part.number:06d}.npz" for part in parts]
-        _encode_missing(list(zip(parts, files, strict=True)), tokenizer, jobs, options, on_part)
+        made = list(zip(parts, files, strict=True))
+        _encode_missing(made, tokenizer, codec, jobs, options, on_part)
         shutil.rmtree(work / "dataset", ignore_errors=True)  # of a run killed while it wrote
         name = "bytes" if tokenizer is None else Path(tokenizer).resolve().name
-        info = assemble(
-            work / "dataset", list(zip(parts, files, strict=True)), codec, name, digest
-        )
-        (work / "dataset").rename(out)
-        shutil.rmtree(work)
+        with writing(work):
+            info = assemble(work / "dataset", made, codec, name, digest)
+            (work / "dataset").rename(out)
+            shutil.rmtree(work)
     return info
 
 
@@ -85,7 +85,7 @@ def _tokenizer(directory: str | os.PathLike | None) -> Tokenizer:
 @contextlib.contextmanager
 def _claimed(work: Path, plan: dict) -> Iterator[None]:
     """The half-done dataset of a plan, for this process alone."""
-    with refusing(f"{work}: cannot be written", "name another --out"):
+    with writing(work):
         work.mkdir(parents=True, exist_ok=True)
         handle = os.open(work, os.O_RDONLY)
     try:
@@ -110,14 +110,15 @@ def _check_plan(work: Path, plan: dict) -> None:
             f"{work}: was begun with another tokenizer, other inputs or other options "
             f"(different: {', '.join(wrong)}); give the same again, or remove it"
         )
-    temporary = work / f"{PLAN}.tmp"
-    temporary.write_text(json.dumps(plan, indent=1))
-    temporary.replace(work / PLAN)
+    with writing(work):
+        temporary = work / f"{PLAN}.tmp"
+        temporary.write_text(json.dumps(plan, indent=1))
+        temporary.replace(work / PLAN)
 
 
 def _encode_missing(
-    files: Sequence[tuple[Part, Path]], tokenizer: str | os.PathLike | None, jobs: int,
-    options: Options, on_part: Progress,
+    files: Sequence[tuple[Part, Path]], tokenizer: str | os.PathLike | None, codec: Tokenizer,
+    jobs: int, options: Options, on_part: Progress,
 ) -> None:
     """Encode the parts that have no file yet."""
     total = sum(part.bytes for part, _ in files)
@@ -126,7 +127,7 @@ def _encode_missing(
         if path.exists():
             on_part(part.bytes, int(load_part(path, "lengths")[0].sum()), total, False)
     if jobs == 1:
-        _start(tokenizer, options)
+        _start(codec, options)
         for part, path in todo:
             on_part(*_work(part, path), total, True)
         return
@@ -135,7 +136,7 @@ def _encode_missing(
         (tokenizer, options),
     )
     try:
-        futures: list[Future] = [pool.submit(_work, part, path) for part, path in todo]
+        futures = _submit(pool, todo)
         for future in as_completed(futures):
             on_part(*future.result(), total, True)
     except BrokenProcessPool as error:
@@ -145,19 +146,29 @@ def _encode_missing(
         pool.shutdown(cancel_futures=True)
 
 
+def _submit(pool: ProcessPoolExecutor, todo: Sequence[tuple[Part, Path]]) -> list[Future]:
+    """Begin; workers are started here and inherit that Ctrl-C waits until they are ready for it."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        return [pool.submit(_work, part, path) for part, path in todo]
+    finally:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+
+
 _worker: list = []  # tokenizer and options of this process
 
 
-def _start(tokenizer: str | os.PathLike | None, options: Options) -> None:
+def _start(tokenizer: Tokenizer, options: Options) -> None:
     # A process for every core: threads of the library would only wait for one another.
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    _worker[:] = _tokenizer(tokenizer), options
+    _worker[:] = tokenizer, options
 
 
 def _start_worker(tokenizer: str | os.PathLike | None, options: Options) -> None:
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends workers without a traceback
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    _start(tokenizer, options)
+    _start(_tokenizer(tokenizer), options)
 
 
 def _end_with_parent() -> None:
