@@ -10,6 +10,7 @@ learned. The model is written to OUT/model in the checkpoint's format, tokenizer
 """
 
 import argparse
+import hashlib
 import shutil
 from pathlib import Path
 
@@ -91,9 +92,7 @@ def _fitted(args, model, base, tokenizer, out: Path):
     import optax
 
     from kimijax.cache import run_length
-    from kimijax.data.rows.batch import batches
-    from kimijax.data.rows.chats import read_chats
-    from kimijax.data.rows.packed import packed_rows
+    from kimijax.data.rows import batches, packed_rows, read_chats
     from kimijax.metrics import prefill_flops
     from kimijax.model import abstract_params
     from kimijax.optim import adamw, cosine
@@ -108,6 +107,9 @@ def _fitted(args, model, base, tokenizer, out: Path):
         args.epochs, args.long,
     )
     steps = len(rows) // args.rows
+    if tokenizer.vocab > cfg.vocab:
+        raise UserError(f"{args.checkpoint}: its tokenizer has {tokenizer.vocab:,} tokens, the "
+                        f"model {cfg.vocab:,}; put the model's own beside it")
     if steps == 0:
         raise UserError(f"{args.data}: makes {len(rows)} rows of {args.length} tokens, fewer than "
                         f"--rows {args.rows}; lower it, or give more --epochs")
@@ -128,6 +130,8 @@ def _fitted(args, model, base, tokenizer, out: Path):
     kept = ("checkpoint", "data", "lora", "alpha", "lr", "epochs", "length", "rows", "parts",
             "long", "seed", "dtype", "weights")
     run = {name: getattr(args, name) for name in kept}
+    with open(args.data, "rb") as file:
+        run["digest"] = hashlib.file_digest(file, "blake2b").hexdigest()[:32]
     state = fit(jax.jit(lambda: fresh(start, optimizer))() if args.lora else
                 fresh(start, optimizer), [phase], out, run, tensorboard=args.tensorboard)
     return merged(base, state.params, boxed, args.alpha) if args.lora else state.params

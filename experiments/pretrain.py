@@ -113,13 +113,16 @@ def _train(args: argparse.Namespace) -> int:
         shardings=None if plan is None else plan.shardings(cfg),
     )
     where = None if plan is None else state_shardings(model, optimizer, plan)
+    datasets = datasets_of(args, cfg.vocab)
     phases = [
-        _phase(f"{i}-{stage.length}", args, stage, stretched(cfg, stages, stage), optimizer, plan,
-               where)
+        _phase(f"{i}-{stage.length}", args, stage, datasets, stretched(cfg, stages, stage),
+               optimizer, plan, where)
         for i, stage in enumerate(stages)
     ]
-    kept = ("data", "tokenizer", "seed", "dtype", "parts", "tau", "spike")
+    kept = ("data", "seed", "dtype", "parts", "tau", "spike")
     run = {name: getattr(args, name) for name in kept}
+    # A place in the data is a number: that it is the same data is for the run to say.
+    run["tokens"] = {name: [x.info.digest, x.info.tokens] for name, x in datasets.items()}
     run |= {"model": to_dict(cfg), "stages": [vars(stage) for stage in stages]}
     try:
         state = fit(
@@ -137,12 +140,12 @@ def _train(args: argparse.Namespace) -> int:
     return 0
 
 
-def _phase(name, args, stage: Stage, cfg, optimizer, plan, where):
+def _phase(name, args, stage: Stage, datasets, cfg, optimizer, plan, where):
     """A phase of the loop: its model, step and data."""
     import jax
     import numpy as np
 
-    from kimijax.data.rows.batch import batches
+    from kimijax.data.rows import batches
     from kimijax.metrics import prefill_flops
     from kimijax.model import Model
     from kimijax.ops.attend import local, usual_impl
@@ -161,7 +164,7 @@ def _phase(name, args, stage: Stage, cfg, optimizer, plan, where):
     )
 
     def opened():
-        rows = mixed_rows(args, stage, cfg)
+        rows = mixed_rows(args, stage, datasets, cfg)
         host, hosts = jax.process_index(), jax.process_count()
         return LanguageRows(batches(rows, stage.rows, host, hosts), prepare)
 
@@ -169,22 +172,28 @@ def _phase(name, args, stage: Stage, cfg, optimizer, plan, where):
     return Phase(name, stage.steps, step, opened, stage.rows * stage.length, flops)
 
 
-def mixed_rows(args: argparse.Namespace, stage: Stage, cfg):
+def datasets_of(args: argparse.Namespace, vocab: int) -> dict:
+    """By name, text tokenized where it is not yet; UserError: the model has too few tokens."""
+    from kimijax.data.dataset import dataset_of
+
+    datasets = {name: dataset_of([name], args.tokenizer) for name in weights_of(args.data)}
+    for name, dataset in datasets.items():
+        if dataset.vocab > vocab:
+            raise UserError(f"{name}: has a vocabulary of {dataset.vocab:,}, the model one of "
+                            f"{vocab:,}; name the model's own --tokenizer")
+    return datasets
+
+
+def mixed_rows(args: argparse.Namespace, stage: Stage, datasets: dict, cfg):
     """Rows of all datasets by weight, through as many epochs as the phase needs."""
     from kimijax.cache import run_length
-    from kimijax.data.dataset.cached import dataset_of
-    from kimijax.data.rows.batch import mixture
-    from kimijax.data.rows.packed import packed_rows
+    from kimijax.data.rows import mixture, packed_rows
 
     weights = weights_of(args.data)
     needed = stage.steps * stage.rows * stage.length
     rows = {}
-    for name, weight in weights.items():
-        dataset = dataset_of([name], args.tokenizer)
-        if dataset.vocab > cfg.vocab:
-            raise UserError(f"{name}: has a vocabulary of {dataset.vocab:,}, the model one of "
-                            f"{cfg.vocab:,}; name the model's own --tokenizer")
-        share = needed * weight / sum(weights.values())
+    for name, dataset in datasets.items():
+        share = needed * weights[name] / sum(weights.values())
         epochs = int(share // max(int(dataset.lengths.sum()), 1)) + 2  # rows are not quite full
         rows[name] = packed_rows(dataset, stage.length, args.seed, run_length(cfg), epochs)
     return rows[name] if len(rows) == 1 else mixture(rows, weights)

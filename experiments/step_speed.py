@@ -37,8 +37,7 @@ def main(args: argparse.Namespace) -> int:
     from experiments.ablations.small import Texts
     from experiments.ring_speed import rounds
     from kimijax.data import corpus
-    from kimijax.data.rows.batch import batches
-    from kimijax.data.rows.packed import packed_rows
+    from kimijax.data.rows import batches, packed_rows
     from kimijax.metrics import prefill_flops
     from kimijax.train.loss import LanguageRows
 
@@ -211,7 +210,7 @@ def looped(source, step, state, out: Path, steps: int) -> tuple[float, float]:
     import numpy as np
 
     from experiments.ring_speed import rounds
-    from kimijax.data.rows.batch import batches
+    from kimijax.data.rows import batches
     from kimijax.train import Phase, fit, read_log
     from kimijax.train.loss import LanguageRows
 

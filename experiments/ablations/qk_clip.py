@@ -51,8 +51,7 @@ def clipped_once(cfg, params) -> dict:
     import numpy as np
 
     from experiments.ablations.small import LENGTH, texts
-    from kimijax.data.rows.batch import batches
-    from kimijax.data.rows.packed import packed_rows
+    from kimijax.data.rows import batches, packed_rows
     from kimijax.model import Model
     from kimijax.ops.attend import local
     from kimijax.optim import qk_clip

@@ -82,8 +82,7 @@ def train(
 
     from kimijax.cache import run_length
     from kimijax.config_tree import to_dict
-    from kimijax.data.rows.batch import batches
-    from kimijax.data.rows.packed import packed_rows
+    from kimijax.data.rows import batches, packed_rows
     from kimijax.metrics import prefill_flops
     from kimijax.model import Model, abstract_params
     from kimijax.ops.attend import local
@@ -131,8 +130,7 @@ def held_out(cfg: ModelConfig, params, length: int = LENGTH, rows: int = HELD_OU
     import jax
 
     from kimijax.cache import run_length
-    from kimijax.data.rows.batch import batches
-    from kimijax.data.rows.packed import packed_rows
+    from kimijax.data.rows import batches, packed_rows
     from kimijax.model import Model
     from kimijax.ops.attend import local
     from kimijax.train.loss import language_model, rows_of
