@@ -98,7 +98,8 @@ def _fitted(args, model, base, tokenizer, out: Path):
     from kimijax.optim import adamw, cosine
     from kimijax.train import Phase, fit, make_step
     from kimijax.train.lora import fresh_adapters, loss_of_adapters, merged
-    from kimijax.train.loss import LanguageRows, language_model
+    from kimijax.train.loss import language_model
+    from kimijax.train.rows import LanguageRows
     from kimijax.train.state import fresh
 
     boxed, cfg = abstract_params(model), model.cfg

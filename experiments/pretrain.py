@@ -142,21 +142,19 @@ def _train(args: argparse.Namespace) -> int:
 
 def _phase(name, args, stage: Stage, datasets, cfg, optimizer, plan, where):
     """A phase of the loop: its model, step and data."""
-    import jax
-    import numpy as np
-
     from kimijax.data.rows import batches
     from kimijax.metrics import prefill_flops
     from kimijax.model import Model
     from kimijax.ops.attend import local, usual_impl
     from kimijax.optim import qk_clip
     from kimijax.train import Phase, make_step
-    from kimijax.train.loss import LanguageRows, arranged, language_model
+    from kimijax.train.loss import language_model
+    from kimijax.train.rows import LanguageRows, placed, share
 
     runs, prepare = None, lambda rows: rows
     if plan is not None:
-        runs = plan.arrange(cfg, np.zeros((stage.rows, stage.length), np.int32))[0]["runs"]
-        prepare = lambda rows: arranged(plan, cfg, rows)  # noqa: E731
+        runs = plan.layout(cfg, stage.length).order.runs
+        prepare = lambda rows: placed(plan, cfg, stage.rows, rows)  # noqa: E731
     model = Model(cfg, local(usual_impl()) if plan is None else plan.ops(), args.dtype)
     step = make_step(
         language_model(model, runs=runs), optimizer, balance_rate=BALANCE_RATE,
@@ -165,8 +163,8 @@ def _phase(name, args, stage: Stage, datasets, cfg, optimizer, plan, where):
 
     def opened():
         rows = mixed_rows(args, stage, datasets, cfg)
-        host, hosts = jax.process_index(), jax.process_count()
-        return LanguageRows(batches(rows, stage.rows, host, hosts), prepare)
+        part = (0, 1) if plan is None else share(plan, stage.rows)
+        return LanguageRows(batches(rows, stage.rows, *part), prepare)
 
     flops = 3 * stage.rows * sum(prefill_flops(cfg, stage.length).values())
     return Phase(name, stage.steps, step, opened, stage.rows * stage.length, flops)

@@ -39,7 +39,7 @@ def main(args: argparse.Namespace) -> int:
     from kimijax.data import corpus
     from kimijax.data.rows import batches, packed_rows
     from kimijax.metrics import prefill_flops
-    from kimijax.train.loss import LanguageRows
+    from kimijax.train.rows import LanguageRows
 
     texts = Texts(corpus.load_documents("train")[:2000])
     source = packed_rows(texts, LENGTH, 0)
@@ -212,7 +212,7 @@ def looped(source, step, state, out: Path, steps: int) -> tuple[float, float]:
     from experiments.ring_speed import rounds
     from kimijax.data.rows import batches
     from kimijax.train import Phase, fit, read_log
-    from kimijax.train.loss import LanguageRows
+    from kimijax.train.rows import LanguageRows
 
     rows = next(LanguageRows(batches(source, ROWS)))
     calls = {"alone": (jax.jit(step.__wrapped__), (state, rows))}

@@ -26,7 +26,8 @@ from kimijax.parallel.matrices import Held, axes_over
 from kimijax.parallel.mesh import make_mesh
 from kimijax.parallel.plan import Plan
 from kimijax.train import init_state, make_step, state_shardings
-from kimijax.train.loss import Rows, arranged, cross_entropy, language_model, rows_of
+from kimijax.train.loss import cross_entropy, language_model
+from kimijax.train.rows import Rows, placed, rows_of
 from kimijax.train.state import fresh
 from tests.conftest import assert_close
 
@@ -62,13 +63,13 @@ def trained(plan: Plan | None, steps: int = 2):
     where = None if plan is None else state_shardings(model, optimizer, plan)
     state = init_state(model, optimizer, 0, where)
     if plan is not None:
-        runs = plan.arrange(cfg, batch(0).ids)[0]["runs"]
+        runs = plan.layout(cfg, 64).order.runs
     step = make_step(
         language_model(model, z=1e-4, runs=runs, tokens=48), optimizer, balance_rate=1e-3,
         qk_clip=qk_clip(cfg, TAU), where=where,
     )
     for i in range(steps):
-        rows = batch(i) if plan is None else arranged(plan, cfg, batch(i))
+        rows = batch(i) if plan is None else placed(plan, cfg, 4, batch(i))
         state, metrics = step(state, rows)
     return jax.device_get(metrics), state
 

@@ -88,15 +88,16 @@ def train(
     from kimijax.ops.attend import local
     from kimijax.optim import cosine, qk_clip
     from kimijax.train import Phase, fit, init_state, make_step, read_log, state_shardings
-    from kimijax.train.loss import LanguageRows, arranged, language_model
+    from kimijax.train.loss import language_model
+    from kimijax.train.rows import LanguageRows, placed
 
     model = Model(cfg, local(exact=exact) if plan is None else plan.ops())
     optimizer = optimizer_of(abstract_params(model), cosine(lr, min(20, steps), steps, lr / 10))
     where = None if plan is None else state_shardings(model, optimizer, plan)
     prepare, runs = (lambda x: x), None
     if plan is not None:
-        prepare = lambda x: arranged(plan, cfg, x)  # noqa: E731
-        runs = plan.arrange(cfg, np.zeros((rows, length), np.int32))[0]["runs"]
+        prepare = lambda x: placed(plan, cfg, rows, x)  # noqa: E731
+        runs = plan.layout(cfg, length).order.runs
     loss = language_model(model, runs=runs, index=float(exact))
     clip = None if tau is None else qk_clip(cfg, tau)
     state = init_state(model, optimizer, seed, where)
@@ -133,7 +134,8 @@ def held_out(cfg: ModelConfig, params, length: int = LENGTH, rows: int = HELD_OU
     from kimijax.data.rows import batches, packed_rows
     from kimijax.model import Model
     from kimijax.ops.attend import local
-    from kimijax.train.loss import language_model, rows_of
+    from kimijax.train.loss import language_model
+    from kimijax.train.rows import rows_of
 
     loss = jax.jit(language_model(Model(cfg, local())))
     source = packed_rows(texts("held_out"), length, 0, run_length(cfg))

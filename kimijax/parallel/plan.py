@@ -110,15 +110,19 @@ class Plan:
         rows = self.mesh.shape["data"]
         if b % rows:
             raise UserError(f"{b} rows are no multiple of the mesh axis data = {rows}; add rows")
-        order = make_order(self.order, t, self.ways, run_length(cfg), lead_slots(cfg))
-        arranged = Arranged(order, t)
+        arranged = self.layout(cfg, t)
         pos = np.broadcast_to(np.arange(t, dtype=np.int32), (b, t)) if pos is None else pos
         seg = np.zeros((b, t), np.int32) if seg is None else seg
         moved = {
             name: arranged.apply(x, fill)
             for name, x, fill in (("ids", ids, 0), ("pos", pos, FAR), ("seg", seg, -1))
         }
-        return {**moved, "runs": order.runs}, arranged
+        return {**moved, "runs": arranged.order.runs}, arranged
+
+    def layout(self, cfg: ModelConfig, tokens: int) -> "Arranged":
+        """How rows of so many tokens lie: padded and permuted."""
+        order = make_order(self.order, tokens, self.ways, run_length(cfg), lead_slots(cfg))
+        return Arranged(order, tokens)
 
 
 @dataclass(frozen=True)

@@ -1,54 +1,16 @@
 """The loss of a language model, its vocabulary looked at a piece of the tokens at a time."""
 
 from collections.abc import Callable
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from kimijax.cache import Watch
 from kimijax.model import Model
-from kimijax.parallel.plan import Plan
+from kimijax.train.rows import Rows
 
 TOKENS = 2048  # of a device whose logits exist at one time
 WATCHED = 32  # positions of a row on which a block index is trained
-
-
-class Rows(NamedTuple):
-    """Tokens b t and what each of them should predict."""
-
-    ids: jax.Array
-    pos: jax.Array
-    seg: jax.Array  # -1: padding
-    targets: jax.Array
-    weight: jax.Array  # of the prediction in the loss
-
-
-class LanguageRows:
-    """Batches of documents (`kimijax.data.rows.batch`) as Rows; where they are is noted as before.
-
-    prepare  such as `arranged` with a plan; None: nothing
-    """
-
-    def __init__(self, batches, prepare: Callable[[Rows], Rows] = lambda rows: rows):
-        self._batches, self._prepare = batches, prepare
-        self.get_state, self.set_state = batches.get_state, batches.set_state
-
-    def __next__(self) -> Rows:
-        return self._prepare(rows_of(*next(self._batches)))
-
-
-def rows_of(ids: np.ndarray, pos: np.ndarray, seg: np.ndarray, weight: np.ndarray) -> Rows:
-    """Rows b t in natural order: each token predicts the one behind it, `weight` as it says."""
-    return Rows(ids, pos, seg, np.roll(ids, -1, 1), weight)
-
-
-def arranged(plan: Plan, cfg, rows: Rows) -> Rows:
-    """Rows padded and in the order of a plan."""
-    call, order = plan.arrange(cfg, rows.ids, rows.pos, rows.seg)
-    targets, weight = order.apply(rows.targets, 0), order.apply(rows.weight, 0)
-    return Rows(call["ids"], call["pos"], call["seg"], targets, weight)
 
 
 def language_model(

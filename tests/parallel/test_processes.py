@@ -16,7 +16,6 @@ import pytest
 from kimijax.checkpoint import restore_latest
 from kimijax.errors import UserError
 from kimijax.parallel.processes import join
-from kimijax.train import TrainState
 from tests.conftest import assert_close
 from tests.parallel.test_mesh_commands import GOLDENS, answers
 
@@ -57,7 +56,7 @@ def job(tmp_path_factory):
 
 
 def test_two_processes_give_the_answer_of_one(job):
-    from tests.parallel.worker import Job, initial_params, results
+    from tests.parallel.worker import ROWS, TOKENS, Job, Small, initial_params, results
 
     out, running, _, said, _ = job
     want = results(Job(None, initial_params()))  # while they work
@@ -73,7 +72,9 @@ def test_two_processes_give_the_answer_of_one(job):
     stopped = {(out / f"stopped{index}").read_text() for index in (0, 1)}  # the signal reached one
     assert len(stopped) == 1 and "stopped after step" in stopped.pop()
     with pytest.raises(UserError, match="2 processes saved it, each at its own place"):
-        restore_latest(out / "cut" / "state", TrainState(jnp.int32(0), jnp.zeros(8), None))
+        restore_latest(out / "cut" / "state", Small(jnp.int32(0), jnp.zeros(8)))
+    for parts in (1, 2):  # a process brings all rows where it holds some tokens of each
+        np.testing.assert_array_equal(np.sort(got.pop(f"rows_{parts}"))[:, -TOKENS:], ROWS)
     restored = [name for name in got if name.startswith("restored")]
     assert len(restored) == len([name for name in want if name.startswith("param")])
     for name in restored:  # both saved and restored together

@@ -10,6 +10,7 @@ import sys
 import time
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import flax.linen as nn
 import jax
@@ -27,6 +28,7 @@ from kimijax.parallel.mesh import make_mesh
 from kimijax.parallel.plan import Plan
 from kimijax.parallel.processes import join
 from kimijax.train import Interrupted, Phase, TrainState, fit, make_step
+from kimijax.train.rows import placed, rows_of, share
 from tests.toy import Walk
 
 TOKENS, CHUNK = 72, 32  # two chunks and decoding; a row that is padded on eight devices
@@ -116,6 +118,13 @@ def results(job: Job) -> dict[str, np.ndarray]:
     return {"whole": job.back(hidden), **leaves, "cached": job.read()}
 
 
+class Small(NamedTuple):
+    """A state of one array."""
+
+    step: jax.Array
+    w: jax.Array
+
+
 class Own:
     """Batches of which every process gives its own part, from its own place."""
 
@@ -141,24 +150,35 @@ def fitted(index: int, out: Path) -> dict[str, np.ndarray]:
     mesh = make_mesh({"seq": 8})
     whole, dealt = (NamedSharding(mesh, PartitionSpec(*axes)) for axes in ((), ("seq",)))
 
-    @partial(jax.jit, out_shardings=(TrainState(whole, dealt, None), whole))
+    @partial(jax.jit, out_shardings=(Small(whole, dealt), whole))
     def step(state, batch):
-        w = jnp.sin(state.params + batch)
-        return TrainState(state.step + 1, w, None), {"loss": w.sum()}
+        w = jnp.sin(state.w + batch)
+        return Small(state.step + 1, w), {"loss": w.sum()}
 
     def train(to: str, stop_at: int | None):
         zero = jax.make_array_from_callback((8,), dealt, lambda at: np.zeros(8, np.float32)[at])
-        start = TrainState(jax.device_put(np.int32(0), whole), zero, None)
+        start = Small(jax.device_put(np.int32(0), whole), zero)
         batches = lambda: Own(dealt, index, stop_at if index == 1 else None)  # noqa: E731
         return fit(start, [Phase("only", 6, step, batches, 8)], out / to, {})
 
-    end = {"fit_whole": train("whole", None).params}
+    end = {"fit_whole": train("whole", None).w}
     try:
         train("cut", 3)
     except Interrupted as stopped:
         (out / f"stopped{index}").write_text(str(stopped))
-    end["fit_cut"] = train("cut", None).params
+    end["fit_cut"] = train("cut", None).w
     return {k: np.asarray(jax.jit(lambda x: x, out_shardings=whole)(w)) for k, w in end.items()}
+
+
+ROWS = np.arange(8 * TOKENS, dtype=np.int32).reshape(8, TOKENS)
+
+
+def dealt_rows(job: Job, plan: Plan) -> dict[str, np.ndarray]:
+    """A batch of which every process brings the rows that it has to, whole; and those parts."""
+    part, parts = share(plan, len(ROWS))
+    own = ROWS[part * len(ROWS) // parts : (part + 1) * len(ROWS) // parts]
+    rows = rows_of(own, own % 7, own * 0, own.astype(np.float32))
+    return {f"rows_{parts}": job.back(placed(plan, job.cfg, len(ROWS), rows).ids)}
 
 
 def initial_params():
@@ -184,6 +204,8 @@ def work(index: int, out: Path) -> None:
     again = jax.tree.leaves(job.back(job.state.params))
     got |= {f"restored{i}": x for i, x in enumerate(again)}
     got |= fitted(index, out)
+    for sizes in ({"data": 8}, {"data": 4, "seq": 2}, {"seq": 8}):
+        got |= dealt_rows(job, Plan(make_mesh(sizes), order="zigzag"))
     if index == 0:
         np.savez(out / "part.npz", **got)
         (out / "part.npz").rename(out / "got.npz")
