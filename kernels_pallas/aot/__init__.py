@@ -131,13 +131,9 @@ def mesh_of(chip: str, devices: int = 1) -> jax.sharding.Mesh:
     return jax.sharding.Mesh(np.array(known.devices)[:devices], ("chip",))
 
 
-def compile_for(chip: str, f: Callable, *args, dump: str | None = None) -> jax.stages.Compiled:
-    """`f` of abstract arguments (trees of ShapeDtypeStruct), compiled for one chip, or for the mesh
-    that they name.
-
-    dump  a folder for what XLA says of the program, such as `program_text` reads
-
-    CompileError: libtpu is missing, or the compiler refuses. What `f` raises passes through.
+def lower_for(chip: str, f: Callable, *args) -> jax.stages.Lowered:
+    """`f` of abstract arguments (trees of ShapeDtypeStruct), traced and lowered for one chip, or
+    for the mesh that they name. What `f` raises passes through; CompileError: libtpu is missing.
     """
     named = [x.sharding.mesh for x in jax.tree.leaves(args) if x.sharding]
     mesh = named[0] if named else mesh_of(chip)
@@ -147,11 +143,23 @@ def compile_for(chip: str, f: Callable, *args, dump: str | None = None) -> jax.s
     )
     # Some kernels ask at trace time what chip they are for: without a mesh, jax names the host.
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-        lowered = jax.jit(f).lower(*args)
+        return jax.jit(f).lower(*args)
+
+
+def build(lowered: jax.stages.Lowered, dump: str | None = None) -> jax.stages.Compiled:
+    """What `lower_for` made, compiled. CompileError: the compiler refuses.
+
+    dump  a folder for what XLA says of the program, such as `program_text` reads
+    """
     try:
         return lowered.compile(compiler_options=dump and {"xla_dump_to": dump})
     except Exception as error:  # libtpu raises several kinds
         raise CompileError(reason(str(error))) from error
+
+
+def compile_for(chip: str, f: Callable, *args, dump: str | None = None) -> jax.stages.Compiled:
+    """`lower_for` and `build`."""
+    return build(lower_for(chip, f, *args), dump)
 
 
 _SCOPED = re.compile(

@@ -118,7 +118,10 @@ def test_the_check_counts_what_failed(monkeypatch, capsys):
     monkeypatch.setattr(aot_kernels, "AOT", dict(list(aot_kernels.AOT.items())[:2]))
     assert check.main(["--chips", CHIP]) == 1
     said = capsys.readouterr().out.splitlines()
-    assert "ok," in said[0] and "FAILED VMEM" in said[1] and said[2] == "1 of 2 compiled"
+    assert said[0].split()[-6:] == ["lower", "s", "compile", "s", "VMEM", "MiB"]
+    lower, build, vmem = map(float, said[1].split()[-3:])
+    assert lower > 0 and build > 0 and vmem > 0
+    assert "FAILED VMEM" in said[2] and said[3] == "1 of 2 compiled"
 
 
 def test_wrong_names_are_named(capsys):
