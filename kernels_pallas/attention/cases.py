@@ -84,6 +84,11 @@ def _aot(n, p, v) -> dict:
     return found
 
 
+# Causal, to time on a GPU, of which two heads would leave most idle (gpu_peers.py).
+GPU = {
+    f"{128 + p}/128, {t} tokens": {"t": t, "h": 16, "n": 128, "p": p, "v": 128}
+    for p in (0, 64) for t in (4096, 16384)
+}
 SMALL = {"t": 300, "s": 700, "h": 4, "g": 2, "n": 128, "p": 64, "v": 128}
 LONG = {"t": 2**21, "s": 2**21, "h": 1, "g": 1, "n": 128, "p": 64, "v": 128}
 ABSORBED = {"t": 2048, "s": 8192, "h": 16, "g": 1, "n": 512, "p": 64, "v": 512}

@@ -109,6 +109,7 @@ def _name(m: int, g: int, k: int, n: int) -> str:
 BENCH = [  # a chip of 16 or of 64, K2's gate and down; a batch that decodes
     {"m": 32768, "g": 24, **K2}, {"m": 32768, "g": 24, **DOWN}, {"m": 64, "g": 24, **K2},
 ]
+GPU = {_name(**dims): dims for dims in BENCH}  # to time (gpu_peers.py)
 OTHER = [{"m": 32768, "g": 6, **K2}, {"m": 512, "g": 24, **K2}, {"m": 64, "g": 6, **DOWN}]
 STACK = {"m": 8, "g": 24, "layers": 4, **K2}
 SMALL = {"m": 2500, "g": 4, "k": 1408, "n": 700}
