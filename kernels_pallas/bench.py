@@ -148,11 +148,12 @@ def cycle_line(row: dict) -> str:
     if "error" in row:
         return f"{name} FAILED {row['error']}"
     useful = "" if row["useful_mxu"] is None else f"{row['useful_mxu']:.3f}"
+    limit = "" if row["bound"] is None else f"{row['roofline']:.3f} {row['bound']}"
     spills = "/".join(map(str, row["spills"]))
     vmem = row["vmem_bytes"] / 2**20
     rest = "{cycles:7} {cycles_per_512:7.0f} {mxu_occupancy:5.2f}".format(**row)
     built = "{bundles:8} {lower_seconds:7.2f} {compile_seconds:9.2f}".format(**row)
-    return f"{name} {rest} {useful:>6} {spills:>11} {vmem:8.1f} {built}"
+    return f"{name} {rest} {useful:>6} {limit:>9} {spills:>11} {vmem:8.1f} {built}"
 
 
 def beside_line(row: dict) -> str:
@@ -173,8 +174,8 @@ HEADS = {
                  f"{'/ ours':>8} {'differs':>7}",
     time_line: f"{'op':13} {'case':28} {'impl':5} {'ms':>9} {'GFLOP/s':>9} {'of peak':>8}",
     cycle_line: f"{'op':13} {'case':28} {'impl':14} {'dims':8} {'cycles':>7} {'of 512':>7} "
-                f"{'MXU':>5} {'useful':>6} {'spill/fill':>11} {'VMEM MiB':>8} {'bundles':>8} "
-                f"{'lower s':>7} {'compile s':>9}",
+                f"{'MXU':>5} {'useful':>6} {'roofline':>9} {'spill/fill':>11} "
+                f"{'VMEM MiB':>8} {'bundles':>8} {'lower s':>7} {'compile s':>9}",
 }
 
 

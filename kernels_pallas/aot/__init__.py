@@ -49,6 +49,11 @@ class Chip(NamedTuple):
         """Hertz."""
         return self.peak / (2 * self.macs_per_cycle * self.cores)
 
+    @property
+    def bytes_per_cycle(self) -> float:
+        """Of HBM, a core's share."""
+        return self.bandwidth / (self.cores * self.clock)
+
 
 CHIPS = {
     "v5e": Chip("v5e:2x2", "v5e:8x8", 1, 4, 2**14, 197e12, 819e9),
@@ -81,6 +86,7 @@ class Case(NamedTuple):
     tags: frozenset[str] = frozenset()  # of "ci", "bench", "k2"
     dims: str = ""  # as "192/128": of queries and keys / of values
     macs: int | None = None  # needed by a block: no padding, nothing twice
+    moved: float | None = None  # HBM bytes a block brings, and its share of what stays for several
     kernel: str = ""  # part of its name; "" is the kernel with the most work for the MXU
     block: int = 0
     largest: bool = True

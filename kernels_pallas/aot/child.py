@@ -125,8 +125,8 @@ def measure(case: aot.Case, chip: str, dumps: str | None) -> dict:
     vmem_bytes. Without dumps temp_bytes, of the program. With them bundles of the kernel; of its
     inner block cycles, cycles_per_512 (of 512 x 512 pairs of a query and a key), mxu_occupancy,
     valu_occupancy, eup_occupancy, spills [stores, loads] and useful_mxu, which is needed MACs /
-    (MACs a cycle x cycles); block_cycles of all the blocks there are. CompileError: it does not
-    compile, or has no such kernel.
+    (MACs a cycle x cycles); roofline and bound (see `roofline`); block_cycles of all the blocks
+    there are. CompileError: it does not compile, or has no such kernel.
     """
     f, args = case.make(*[aot.mesh_of(chip, case.devices)] if case.devices > 1 else [])
     aot.mesh_of(chip, case.devices)  # made once a process, no part of the first case's time
@@ -161,12 +161,29 @@ def measure(case: aot.Case, chip: str, dumps: str | None) -> dict:
         "block_cycles": [b.cycles for b in blocks],
         "mxu_occupancy": kernel.occupancy(block),
         "useful_mxu": ideal and ideal / block.cycles,
+        **roofline(case, aot.CHIPS[chip], block.cycles),
         "valu_occupancy": kernel.occupancy(block, schedule.VALU),
         "eup_occupancy": kernel.occupancy(block, schedule.EUP),
         "spills": [block.busy[schedule.STORES], block.busy[schedule.LOADS]],
         "vmem_bytes": vmem[kernel.name],
         "bundles": kernel.bundles,
     }
+
+
+def roofline(case: aot.Case, chip: aot.Chip, cycles: int) -> dict:
+    """How near a block is to what binds it, and what that is: `roofline` and `bound`, MXU or HBM.
+
+    The cycles that its needed MACs or its HBM bytes take at the chip's best, whichever are more, of
+    those that the schedule has. Above 1 the memory is slower than the schedule, which does not
+    count its waits. None where a case gives neither.
+    """
+    least = {
+        "MXU": (case.macs or 0) / chip.macs_per_cycle,
+        "HBM": (case.moved or 0) / chip.bytes_per_cycle,
+    }
+    bound = max(least, key=least.get)
+    known = least[bound] > 0
+    return {"roofline": least[bound] / cycles if known else None, "bound": bound if known else None}
 
 
 def _answer(job: Job, dumps: str | None) -> dict:
