@@ -5,8 +5,10 @@
 
 One row per op, case and impl. Timed: milliseconds (best of several), needed GFLOP/s, and the
 fraction of the matmul rate of the same process. Ratios within a run carry over; milliseconds do
-not. Compiled (needs libtpu and no TPU, see `aot`): cycles of the inner block, beside the kernels
-of other packages at the same shape. They belong to one version of libtpu, and are no time: nothing
+not. On a GPU, ops that other packages have too stand beside theirs (see `beside`).
+
+Compiled (needs libtpu and no TPU, see `aot`): cycles of the inner block, beside the kernels of
+other packages at the same shape. They belong to one version of libtpu, and are no time: nothing
 waits for memory in them.
 """
 
@@ -16,7 +18,7 @@ import importlib
 import json
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import jax
@@ -26,6 +28,7 @@ import numpy as np
 from kernels_pallas import (
     aot,
     attention,
+    beside,
     grouped_matmul,
     indexer,
     kda,
@@ -57,6 +60,10 @@ OPS = {
 PEERS = {  # other packages' kernels, see there
     "attention": ["kernels_pallas.attention.peers"],
     "grouped_matmul": ["kernels_pallas.grouped_matmul.peers"],
+}
+GPU_PEERS = {
+    "attention": "kernels_pallas.attention.gpu_peers",
+    "grouped_matmul": "kernels_pallas.grouped_matmul.gpu_peers",
 }
 LARGEST_REF = 2**28  # logits; the dense reference of a larger case is not run
 
@@ -101,6 +108,14 @@ def timed(names: list[str]) -> Iterator[dict]:
                        "gflops": rate / 1e9, "of_peak": rate / peak}
 
 
+def compared(names: list[str]) -> Iterator[dict]:
+    """Rows of `beside.rows` of those ops that other packages have on a GPU."""
+    best = beside.rates()
+    for name in names:
+        for case, made in importlib.import_module(GPU_PEERS[name]).SHAPES.items():
+            yield from beside.rows(name, case, made(), best)
+
+
 def compiled(names: list[str], chip: str) -> Iterator[dict]:
     """Rows of compiled cases tagged bench: op, case, impl, dims, chip, and `child.measure`'s.
 
@@ -133,21 +148,51 @@ def cycle_line(row: dict) -> str:
     if "error" in row:
         return f"{name} FAILED {row['error']}"
     useful = "" if row["useful_mxu"] is None else f"{row['useful_mxu']:.3f}"
+    limit = "" if row["bound"] is None else f"{row['roofline']:.3f} {row['bound']}"
     spills = "/".join(map(str, row["spills"]))
     vmem = row["vmem_bytes"] / 2**20
     rest = "{cycles:7} {cycles_per_512:7.0f} {mxu_occupancy:5.2f}".format(**row)
-    return f"{name} {rest} {useful:>6} {spills:>11} {vmem:8.1f} {row['bundles']:8}"
+    built = "{bundles:8} {lower_seconds:7.2f} {compile_seconds:9.2f}".format(**row)
+    return f"{name} {rest} {useful:>6} {limit:>9} {spills:>11} {vmem:8.1f} {built}"
+
+
+def beside_line(row: dict) -> str:
+    """A row of `compared`."""
+    name = "{op:14} {case:28} {impl:16}".format(**row)
+    if "rate" in row:
+        return f"{name} {row['ms']:9.3f} {row['rate'] / 1e12:9.3f} T{row['unit']}/s"
+    if "ms" in row:
+        name += " {ms:9.3f} {of_matmul:9.3f} {of_copy:7.3f}".format(**row)
+        name += "" if row["times"] is None else f" {row['times']:8.2f} {row['off']:7.4f}"
+    if "error" in row:
+        return f"{name} FAILED {row['error']}"
+    return f"{name} {row['absent']}" if "absent" in row else name
 
 
 HEADS = {
+    beside_line: f"{'op':14} {'case':28} {'impl':16} {'ms':>9} {'of matmul':>9} {'of copy':>7} "
+                 f"{'/ ours':>8} {'differs':>7}",
     time_line: f"{'op':13} {'case':28} {'impl':5} {'ms':>9} {'GFLOP/s':>9} {'of peak':>8}",
     cycle_line: f"{'op':13} {'case':28} {'impl':14} {'dims':8} {'cycles':>7} {'of 512':>7} "
-                f"{'MXU':>5} {'useful':>6} {'spill/fill':>11} {'VMEM MiB':>8} {'bundles':>8}",
+                f"{'MXU':>5} {'useful':>6} {'roofline':>9} {'spill/fill':>11} "
+                f"{'VMEM MiB':>8} {'bundles':>8} {'lower s':>7} {'compile s':>9}",
 }
 
 
+def tables(names: list[str], chip: str | None) -> Iterator[tuple[Iterator[dict], Callable]]:
+    """Rows and how a row is printed: compiled for a chip, or timed on what this machine has."""
+    if chip:
+        yield compiled(names, chip), cycle_line
+        return
+    here = [name for name in names if name in GPU_PEERS and jax.default_backend() == "gpu"]
+    if here:
+        yield compared(here), beside_line
+    if rest := [name for name in names if name not in here]:
+        yield timed(rest), time_line
+
+
 def main(argv: list[str]) -> int:
-    """Print the table, write the file. 1: a case did not compile; 2: wrong names, no libtpu."""
+    """Print the table, write the file. 1: a case failed; 2: wrong names, no libtpu."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("ops", nargs="*", metavar="OP", help=f"of {', '.join(OPS)}; all of them")
     parser.add_argument("--aot", metavar="CHIP", help=f"compile for one of {', '.join(aot.CHIPS)}")
@@ -158,12 +203,11 @@ def main(argv: list[str]) -> int:
         names = choose(args.ops, OPS, "op")
         if args.aot:
             choose([args.aot], aot.CHIPS, "chip")
-        rows, line = (compiled(names, args.aot), cycle_line) if args.aot else (
-            timed(names), time_line)
-        print(HEADS[line])
-        for row in rows:
-            found.append(row)
-            print(line(row), flush=True)
+        for rows, line in tables(names, args.aot):
+            print(HEADS[line])
+            for row in rows:
+                found.append(row)
+                print(line(row), flush=True)
     except (ValueError, aot.CompileError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -49,6 +49,11 @@ class Chip(NamedTuple):
         """Hertz."""
         return self.peak / (2 * self.macs_per_cycle * self.cores)
 
+    @property
+    def bytes_per_cycle(self) -> float:
+        """Of HBM, a core's share."""
+        return self.bandwidth / (self.cores * self.clock)
+
 
 CHIPS = {
     "v5e": Chip("v5e:2x2", "v5e:8x8", 1, 4, 2**14, 197e12, 819e9),
@@ -81,6 +86,7 @@ class Case(NamedTuple):
     tags: frozenset[str] = frozenset()  # of "ci", "bench", "k2"
     dims: str = ""  # as "192/128": of queries and keys / of values
     macs: int | None = None  # needed by a block: no padding, nothing twice
+    moved: float | None = None  # HBM bytes a block brings, and its share of what stays for several
     kernel: str = ""  # part of its name; "" is the kernel with the most work for the MXU
     block: int = 0
     largest: bool = True
@@ -131,13 +137,9 @@ def mesh_of(chip: str, devices: int = 1) -> jax.sharding.Mesh:
     return jax.sharding.Mesh(np.array(known.devices)[:devices], ("chip",))
 
 
-def compile_for(chip: str, f: Callable, *args, dump: str | None = None) -> jax.stages.Compiled:
-    """`f` of abstract arguments (trees of ShapeDtypeStruct), compiled for one chip, or for the mesh
-    that they name.
-
-    dump  a folder for what XLA says of the program, such as `program_text` reads
-
-    CompileError: libtpu is missing, or the compiler refuses. What `f` raises passes through.
+def lower_for(chip: str, f: Callable, *args) -> jax.stages.Lowered:
+    """`f` of abstract arguments (trees of ShapeDtypeStruct), traced and lowered for one chip, or
+    for the mesh that they name. What `f` raises passes through; CompileError: libtpu is missing.
     """
     named = [x.sharding.mesh for x in jax.tree.leaves(args) if x.sharding]
     mesh = named[0] if named else mesh_of(chip)
@@ -147,11 +149,23 @@ def compile_for(chip: str, f: Callable, *args, dump: str | None = None) -> jax.s
     )
     # Some kernels ask at trace time what chip they are for: without a mesh, jax names the host.
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-        lowered = jax.jit(f).lower(*args)
+        return jax.jit(f).lower(*args)
+
+
+def build(lowered: jax.stages.Lowered, dump: str | None = None) -> jax.stages.Compiled:
+    """What `lower_for` made, compiled. CompileError: the compiler refuses.
+
+    dump  a folder for what XLA says of the program, such as `program_text` reads
+    """
     try:
         return lowered.compile(compiler_options=dump and {"xla_dump_to": dump})
     except Exception as error:  # libtpu raises several kinds
         raise CompileError(reason(str(error))) from error
+
+
+def compile_for(chip: str, f: Callable, *args, dump: str | None = None) -> jax.stages.Compiled:
+    """`lower_for` and `build`."""
+    return build(lower_for(chip, f, *args), dump)
 
 
 _SCOPED = re.compile(

@@ -2,7 +2,8 @@
 
     python -m kernels_pallas.aot [--chips v5e,v5p,v6e,tpu7x] [--tag ci] [OP ...]
 
-A line per case and chip: ok and the VMEM it takes, or the compiler's reason.
+A line per case and chip: seconds to trace and lower it (host time to build the call; the first of
+a process includes imports), seconds to compile it, and the VMEM it takes; or the compiler's reason.
 """
 
 import argparse
@@ -27,6 +28,7 @@ def main(argv: list[str]) -> int:
         if not jobs:  # nothing tried is nothing shown
             tagged = f" tagged {args.tag}" if args.tag else ""
             raise ValueError(f"no case{tagged} in AOT of cases.py of {', '.join(names)}")
+        print(HEAD)
         results = list(map(show, child.run(jobs, schedules=False)))
     except (ValueError, aot.CompileError) as error:
         print(f"error: {error}", file=sys.stderr)
@@ -36,12 +38,18 @@ def main(argv: list[str]) -> int:
     return 1 if failed else 0
 
 
+NAME = "{:5} {:14} {:28} {:15}"
+HEAD = f"{NAME.format('chip', 'op', 'case', 'impl')} lower s compile s VMEM MiB"
+
+
 def show(result: child.Result) -> child.Result:
     """Print a line about it."""
-    job, mib = result.job, result.figures.get("vmem_bytes", 0) / 2**20
-    said = f"FAILED {result.error}" if result.error else f"ok, {mib:.1f} MiB of VMEM"
-    print(f"{job.chip:5} {job.op:10} {job.case:28} {job.impl:8} {result.seconds:5.1f} s  {said}",
-          flush=True)
+    job, figures = result.job, result.figures
+    name = NAME.format(job.chip, job.op, job.case, job.impl)
+    said = f"FAILED {result.error}, after {result.seconds:.1f} s" if result.error else (
+        "{lower_seconds:7.2f} {compile_seconds:9.2f} ".format(**figures)
+        + f"{figures['vmem_bytes'] / 2**20:8.1f}")
+    print(f"{name} {said}", flush=True)
     return result
 
 

@@ -121,22 +121,29 @@ def _last_words(folder: str) -> str:
 def measure(case: aot.Case, chip: str, dumps: str | None) -> dict:
     """Compile a case; the figures of its kernel, those of the schedule if there are dumps.
 
+    lower_seconds (tracing and lowering, host time to build the call) and compile_seconds;
     vmem_bytes. Without dumps temp_bytes, of the program. With them bundles of the kernel; of its
     inner block cycles, cycles_per_512 (of 512 x 512 pairs of a query and a key), mxu_occupancy,
     valu_occupancy, eup_occupancy, spills [stores, loads] and useful_mxu, which is needed MACs /
-    (MACs a cycle x cycles); block_cycles of all the blocks there are. CompileError: it does not
-    compile, or has no such kernel.
+    (MACs a cycle x cycles); roofline and bound (see `roofline`); block_cycles of all the blocks
+    there are. CompileError: it does not compile, or has no such kernel.
     """
     f, args = case.make(*[aot.mesh_of(chip, case.devices)] if case.devices > 1 else [])
+    aot.mesh_of(chip, case.devices)  # made once a process, no part of the first case's time
     with tempfile.TemporaryDirectory(prefix="kernels_aot_hlo_") as folder:
-        compiled = aot.compile_for(chip, f, *args, dump=folder)
+        times = [time.perf_counter()]
+        lowered = aot.lower_for(chip, f, *args)
+        times.append(time.perf_counter())
+        compiled = aot.build(lowered, dump=folder)
+        times.append(time.perf_counter())
         found = aot.kernels(aot.program_text(folder))
+    seconds = {"lower_seconds": times[1] - times[0], "compile_seconds": times[2] - times[1]}
     vmem = {k: v for k, v in found.items() if case.kernel in k}
     if not vmem:
         raise aot.CompileError(f"the program has no Pallas kernel named {case.kernel!r}")
     if dumps is None:
         temporaries = compiled.memory_analysis().temp_size_in_bytes
-        return {"vmem_bytes": max(vmem.values()), "temp_bytes": temporaries}
+        return seconds | {"vmem_bytes": max(vmem.values()), "temp_bytes": temporaries}
     found = {k: v for k, v in schedule.read(dumps).items() if k in vmem}
     if not found:
         raise aot.CompileError(f"libtpu left no schedule of {sorted(vmem)}")
@@ -147,19 +154,36 @@ def measure(case: aot.Case, chip: str, dumps: str | None) -> dict:
         raise aot.CompileError(f"{kernel.name}: {case.macs=} keep an MXU busy for {busy:.0f} cycles"
                                f", its blocks do for {found}: none is the block of these MACs")
     block, ideal = blocks[case.block], busy and busy / aot.CHIPS[chip].mxus
-    return {
+    return seconds | {
         "kernel": kernel.name,
         "cycles": block.cycles,
         "cycles_per_512": block.cycles * aot.BLOCK_PAIRS / case.pairs,
         "block_cycles": [b.cycles for b in blocks],
         "mxu_occupancy": kernel.occupancy(block),
         "useful_mxu": ideal and ideal / block.cycles,
+        **roofline(case, aot.CHIPS[chip], block.cycles),
         "valu_occupancy": kernel.occupancy(block, schedule.VALU),
         "eup_occupancy": kernel.occupancy(block, schedule.EUP),
         "spills": [block.busy[schedule.STORES], block.busy[schedule.LOADS]],
         "vmem_bytes": vmem[kernel.name],
         "bundles": kernel.bundles,
     }
+
+
+def roofline(case: aot.Case, chip: aot.Chip, cycles: int) -> dict:
+    """How near a block is to what binds it, and what that is: `roofline` and `bound`, MXU or HBM.
+
+    The cycles that its needed MACs or its HBM bytes take at the chip's best, whichever are more, of
+    those that the schedule has. Above 1 the memory is slower than the schedule, which does not
+    count its waits. None where a case gives neither.
+    """
+    least = {
+        "MXU": (case.macs or 0) / chip.macs_per_cycle,
+        "HBM": (case.moved or 0) / chip.bytes_per_cycle,
+    }
+    bound = max(least, key=least.get)
+    known = least[bound] > 0
+    return {"roofline": least[bound] / cycles if known else None, "bound": bound if known else None}
 
 
 def _answer(job: Job, dumps: str | None) -> dict:

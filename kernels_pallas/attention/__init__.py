@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import jax
 
+from kernels_pallas import limits
 from kernels_pallas.attention import ref, tpu, tpu_bwd, xla
 from kernels_pallas.attention.vjp import at_once, differentiable, summed
 from kernels_pallas.attention.xla import overlap as overlap
@@ -58,7 +59,8 @@ def attention(q: Queries, kv: Keys, *, scale: float, impl: str) -> Partial:
 
     Sequence order is free. `impl` is named by the caller: "ref", "xla", "pallas" (a TPU) or
     "pallas_interpret" (the same kernels, interpreted on any device). A wrong name or shapes that do
-    not fit raise ValueError. Differentiable in all float inputs, through out and lse.
+    not fit raise ValueError, what a kernel cannot do NotImplementedError. Differentiable in all
+    float inputs, through out and lse.
     """
     if impl not in IMPLS:
         raise ValueError(f"attention: unknown {impl=}, there are {sorted(IMPLS)}")
@@ -70,6 +72,7 @@ def attention(q: Queries, kv: Keys, *, scale: float, impl: str) -> Partial:
         )
     if (q.rope is None) != (kv.rope is None):
         raise ValueError("attention: queries and keys must both have a rotary part, or neither")
+    limits.check("attention", impl, tpu.unsupported, q, kv)
     return IMPLS[impl](q, kv, scale=scale)
 
 
@@ -95,4 +98,6 @@ def attention_grads(
     """
     if impl not in GRADS:
         raise ValueError(f"attention_grads: unknown {impl=}, there are {sorted(GRADS)}")
+    sizes = tpu_bwd.BLOCK_Q, tpu_bwd.BLOCK_K
+    limits.check("attention_grads", impl, tpu.unsupported, q, kv, *sizes)
     return GRADS[impl](q, kv, lse, d_out, delta, scale=scale)

@@ -63,6 +63,12 @@ def key_bounds(pos, seg, size: int) -> KeyBounds:
     )
 
 
+def bounds_of(b: int, *blocks: tuple[int, int]) -> int:
+    """How many numbers say it for b rows: of (blocks of queries, of keys), each pair summed up."""
+    q, k = len(QueryBounds._fields), len(KeyBounds._fields)
+    return b * sum(of_q * q + of_k * k for of_q, of_k in blocks)
+
+
 def any_pair(q: QueryBounds, k: KeyBounds) -> jax.Array:
     """False: no query of the block sees a key of the other. True says nothing."""
     in_time = (k.first <= q.last) & (k.last >= q.reach)

@@ -67,23 +67,43 @@ def _gradients(**shape):
     return call, (q, kv, row, d_out, row)
 
 
+def key_bytes(n: int, p: int, v: int) -> int:
+    """That a key brings, bfloat16, with its value, position and segment."""
+    return 2 * (n + p + v) + 8
+
+
+def query_bytes(n: int, p: int, v: int) -> int:
+    """That a query brings and takes backward: it and its cotangent in both orders, lse, delta and
+    positions; its gradient, float32, is read and written."""
+    return 4 * (n + p + v) + 8 * (n + p) + 20
+
+
 def _aot(n, p, v) -> dict:
-    """Forward and gradients of two heads at 4096 tokens, of blocks seen whole and in part."""
+    """Forward and gradients of two heads at 4096 tokens, of blocks seen whole and in part.
+
+    Forward a block of queries stays and keys come by, backward the other way about.
+    """
     shape = {"t": 4096, "s": 4096, "h": 2, "g": 2, "n": n, "p": p, "v": v}
     dims, piece, tags = f"{n + p}/{v}", tile.PIECE**2, frozenset({"bench"})
     found = {}
-    for what, make, whole, products in (
-        ("", _forward, tpu.BLOCK_Q * tpu.BLOCK_K, n + p + v),
-        (" gradients", _gradients, tpu_bwd.BLOCK_Q * tpu_bwd.BLOCK_K, 3 * (n + p) + 2 * v),
+    for what, make, whole, products, moved in (
+        ("", _forward, tpu.BLOCK_Q * tpu.BLOCK_K, n + p + v, key_bytes(n, p, v) / tpu.BLOCK_Q),
+        (" gradients", _gradients, tpu_bwd.BLOCK_Q * tpu_bwd.BLOCK_K, 3 * (n + p) + 2 * v,
+         query_bytes(n, p, v) / tpu_bwd.BLOCK_K),
     ):
         for part, pairs in (("", whole), (" masked", piece)):
             found[f"{dims}{what}{part}", "pallas"] = Case(
-                functools.partial(make, **shape), tags, dims, pairs * products, pairs=pairs,
-                largest=pairs > piece,
+                functools.partial(make, **shape), tags, dims, pairs * products, pairs * moved,
+                pairs=pairs, largest=pairs > piece,
             )
     return found
 
 
+# Causal, to time on a GPU, of which two heads would leave most idle (gpu_peers.py).
+GPU = {
+    f"{128 + p}/128, {t} tokens": {"t": t, "h": 16, "n": 128, "p": p, "v": 128}
+    for p in (0, 64) for t in (4096, 16384)
+}
 SMALL = {"t": 300, "s": 700, "h": 4, "g": 2, "n": 128, "p": 64, "v": 128}
 LONG = {"t": 2**21, "s": 2**21, "h": 1, "g": 1, "n": 128, "p": 64, "v": 128}
 ABSORBED = {"t": 2048, "s": 8192, "h": 16, "g": 1, "n": 512, "p": 64, "v": 512}

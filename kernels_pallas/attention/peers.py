@@ -61,7 +61,8 @@ def _tokamax(n: int, v: int, backward: bool = False):
 def _case(make, n: int, v: int, products: int | None = None, **how) -> Case:
     """products: the dims of a pair's products together; n + v forward."""
     macs = BLOCK * BLOCK * (products or n + v)
-    return Case(functools.partial(make, n, v), BENCH, f"{n}/{v}", macs, **how)
+    moved = None if products else 2 * BLOCK * (n + v)  # keys and values
+    return Case(functools.partial(make, n, v), BENCH, f"{n}/{v}", macs, moved, **how)
 
 
 def _forward(n: int, v: int) -> dict[tuple[str, str], Case]:

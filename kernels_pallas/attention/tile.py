@@ -183,19 +183,23 @@ def by_pieces(
 
 
 def columns(where_ref, at):
-    """Positions and segments of SUB keys, down, the same in every lane."""
-    def turn(row):
-        return jnp.broadcast_to(where_ref[row : row + 1, pl.ds(at, SUB)], (LANE, SUB)).T
-
-    return turn(0), turn(1)
+    """Positions and segments of SUB keys, down, the same in every lane; padding has segment -2."""
+    pos, seg = (where_ref[row : row + 1, pl.ds(at, SUB)] for row in range(2))
+    down = lambda x: jnp.broadcast_to(x, (LANE, SUB)).T  # noqa: E731
+    return down(pos), down(jnp.where(seg >= 0, seg, -2))  # a query of padding has -1
 
 
 def visible(where, k_pos, k_seg, lanes):
-    """Which of SUB keys the queries of some lanes see."""
+    """Which of SUB keys, as `columns` has them, the queries of some lanes see.
+
+    since <= k_pos <= pos is pos - k_pos <= pos - since as unsigned numbers, one comparison for two;
+    signed ones compare alike when both are moved by their least.
+    """
     wide = lambda x: jnp.concatenate([x] * (lanes.size // LANE), 1)  # noqa: E731
-    k_pos, k_seg = wide(k_pos), wide(k_seg)
     pos, seg, since = (where[i : i + 1, lanes] for i in range(3))
-    return (k_pos <= pos) & (k_pos >= since) & (k_seg == seg) & (k_seg >= 0)
+    least = jnp.iinfo(jnp.int32).min
+    seg = jnp.where(pos >= since, seg, -1)  # else the difference is no length
+    return ((pos + least) - wide(k_pos) <= (pos - since) + least) & (wide(k_seg) == seg)
 
 
 def scores(q_refs, key, rope, lanes):
@@ -262,11 +266,12 @@ def attend(
         more = dot(value, p.astype(value.dtype), (0, 0))
         state.acc[:, groups[c]] = state.acc[:, groups[c]] * shrink + more
 
-    (s, loaded), waiting, where = products(*steps[0], None), None, None
+    ahead = 2 if masked else 1  # the first steps wait less for each other, and are more of a piece
+    made, waiting, where = [], None, None
     for n, (at, c) in enumerate(steps):
-        value, following = loaded[2], None
-        if n + 1 < len(steps):
-            following, loaded = products(*steps[n + 1], loaded)
+        for later in steps[n + len(made) : n + 1 + ahead]:
+            made.append(products(*later, made[-1][1] if made else None))
+        s, (_, _, value) = made.pop(0)
         if masked:
             where = columns(x.k_where, at) if c == 0 else where
             s = jnp.where(visible(x.q_where, *where, groups[c]), s, MASKED)
@@ -275,7 +280,7 @@ def attend(
         total[c], top[c] = total[c] * shrink + p.sum(0, keepdims=True), highest
         if waiting is not None:
             values(*waiting)
-        s, waiting = following, (c, value, p, shrink)
+        waiting = c, value, p, shrink
     values(*waiting)
     for at, most, sum_ in zip(groups, top, total, strict=True):
         state.top[:, at], state.total[:, at] = most, sum_

@@ -16,6 +16,8 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from kernels_pallas import limits
+from kernels_pallas.attention.bounds import bounds_of
 from kernels_pallas.attention.tile import (
     SUB,
     VMEM,
@@ -48,6 +50,29 @@ class Inputs(NamedTuple):
     key: tuple  # b g s n and b s p (or None)
     value: jax.Array  # b g s v
     k_where: jax.Array  # b 2 s: pos, seg
+
+
+def unsupported(q, kv, block_q: int = BLOCK_Q, block_k: int = BLOCK_K) -> str | None:
+    """Why no kernel with such blocks attends q to kv, or None."""
+    why = limits.numbers(
+        q_nope=q.nope, q_rope=q.rope, key=kv.key, value=kv.value, k_rope=kv.rope
+    )
+    return why or too_long(q, kv, blocks_for(*_lengths(q, kv), block_q, block_k, kv.key.dtype))
+
+
+def too_long(q, kv, blocks: Blocks) -> str | None:
+    """Why the bounds of these sequences are too many, or None."""
+    t, s = _lengths(q, kv)
+    t, s = up(t, blocks.q), up(s, blocks.k)
+    count = bounds_of(
+        q.pos.shape[0], (t // blocks.q, s // blocks.k), (t // blocks.q_piece, s // blocks.k_piece)
+    )
+    spans = 2 * q.pos.shape[0] * t // blocks.q
+    return limits.scalars(count + spans, f"bounds of {q.pos.shape} queries and {kv.pos.shape} keys")
+
+
+def _lengths(q, kv) -> tuple[int, int]:
+    return q.pos.shape[1], kv.pos.shape[1]
 
 
 def asked_of(q, scale: float, blocks: Blocks) -> tuple:

@@ -9,7 +9,8 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from kernels_pallas.grouped_matmul import ref, tpu_bwd, xla
+from kernels_pallas import limits
+from kernels_pallas.grouped_matmul import ref, tpu, tpu_bwd, xla
 from kernels_pallas.grouped_matmul.vjp import differentiable
 from kernels_pallas.grouped_matmul.weights import (
     BLOCK,
@@ -66,6 +67,7 @@ def grouped_matmul(
         _check(weights, held)
     if x.shape[0] == 0:
         return jnp.zeros((0, held[-1]), x.dtype)
+    limits.check("grouped_matmul", impl, tpu.unsupported, x, weights, sizes, layer)
     return IMPLS[impl](x, weights, sizes, layer)
 
 

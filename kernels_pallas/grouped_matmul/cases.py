@@ -67,11 +67,49 @@ def _make(form: str, *, m, g, k, n, layers=None, gradient=None):
     return pulled, (*args, jax.ShapeDtypeStruct((m, n), jnp.bfloat16))
 
 
-def _case_of(form: str, tags: str, macs: int, gradient=None, **dims) -> Case:
+def _bytes(form: str, k: int, n: int) -> int:
+    """Of a matrix."""
+    return sum(w.size * w.dtype.itemsize for w in jax.tree.leaves(held(form, k=k, n=n)))
+
+
+def moved(form: str, sizes: np.ndarray, m: int, g: int, k: int, n: int) -> tuple[int, int]:
+    """(HBM bytes, rows computed) of a call with these sizes of groups, forward, bfloat16 rows.
+
+    Bytes: x for every block of columns, matrices of groups with rows and results once.
+    """
+    x, w = jax.ShapeDtypeStruct((m, k), jnp.bfloat16), held(form, 1, g, k=k, n=n)
+    size, start = sizes_of(x, w, k, n, g), 0
+    computed = 0
+    for rows in sizes:
+        end, tile, piece = start + rows, size.rows, min(size.rows, PIECE)
+        for first in range(start - start % tile, end, tile):
+            low, high = max(start, first), min(end, first + tile)
+            whole = high - low == tile
+            computed += tile if whole else (-(-high // piece) - low // piece) * piece
+        start = end
+    matrix = _bytes(form, k, n)
+    asked = 2 * m * k * -(-n // size.columns)
+    return asked + matrix * int((sizes > 0).sum()) + 2 * m * n, computed
+
+
+def _each(form: str, m: int, g: int, k: int, n: int, turn: int) -> float:
+    """HBM bytes of one of the turns of a call, of so many products, groups all alike."""
+    even = np.full(g, m // g) + (np.arange(g) < m % g)
+    size, rows = moved(form, even, m, g, k, n)
+    return size / (rows * k * n / turn)
+
+
+def _through(form: str, rows: int, k: int, n: int) -> float:
+    """HBM bytes of a turn of dX of packed matrices: one is read again for each tile of rows."""
+    turns = (n / tpu_bwd.OUTPUTS) * (k / 1024)
+    return (_bytes(form, k, n) + 2 * rows * (n + k)) / turns
+
+
+def _case_of(form: str, tags: str, macs: int, moved: float, gradient=None, **dims) -> Case:
     """`pairs` so that cycles are those of 512 x 512 x 1024 products."""
     kernel = "d_weights" if gradient == "w" else "back" if gradient and form != "bfloat16" else ""
     make = functools.partial(_make, form, gradient=gradient, **dims)
-    return Case(make, frozenset(tags.split()), form, macs, kernel, pairs=macs // 1024)
+    return Case(make, frozenset(tags.split()), form, macs, moved, kernel, pairs=macs // 1024)
 
 
 def _turn(form: str, m: int, g: int, k: int, n: int, back: bool = False) -> int:
@@ -82,21 +120,27 @@ def _turn(form: str, m: int, g: int, k: int, n: int, back: bool = False) -> int:
 
 
 def _forward(form: str, tags: str, **dims) -> Case:
-    return _case_of(form, tags, _turn(form, **dims), **dims)
+    turn = _turn(form, **dims)
+    return _case_of(form, tags, turn, _each(form, **dims, turn=turn), **dims)
 
 
 def _gradients(**dims) -> dict[tuple[str, str], Case]:
     """Of the matrices, and of x through floats and packed ones."""
-    name = _name(**dims)
-    rows = rows_of(dims["m"], dims["g"], 2)
+    name, m, g, k, n = _name(**dims), *(dims[x] for x in "mgkn")
+    rows = rows_of(m, g, 2)
+    few, wide = min(rows, tpu_bwd.ROWS), tpu_bwd.WIDE
+    back = _turn("bfloat16", back=True, **dims)
+    # Rows and cotangents come by, and a gradient is written when a group's visits are over.
+    of_w = 4 * rows * wide + 2 * wide**2 / (m / g / rows + 1)
     return {
         (f"{name} d_w", "pallas_bfloat16"): _case_of(
-            "bfloat16", "bench k2", rows * tpu_bwd.WIDE**2, "w", **dims),
+            "bfloat16", "bench k2", rows * wide**2, of_w, "w", **dims),
         (f"{name} d_x", "pallas_bfloat16"): _case_of(
-            "bfloat16", "bench k2", _turn("bfloat16", back=True, **dims), "x", **dims),
+            "bfloat16", "bench k2", back, _each("bfloat16", m, g, n, k, back), "x", **dims),
         **{
             (f"{name} d_x", f"pallas_{form}"): _case_of(
-                form, "bench k2", min(rows, tpu_bwd.ROWS) * tpu_bwd.OUTPUTS * 1024, "x", **dims)
+                form, "bench k2", few * tpu_bwd.OUTPUTS * 1024, _through(form, few, k, n),
+                "x", **dims)
             for form in FORMS[1:]
         },
     }
@@ -109,6 +153,7 @@ def _name(m: int, g: int, k: int, n: int) -> str:
 BENCH = [  # a chip of 16 or of 64, K2's gate and down; a batch that decodes
     {"m": 32768, "g": 24, **K2}, {"m": 32768, "g": 24, **DOWN}, {"m": 64, "g": 24, **K2},
 ]
+GPU = {_name(**dims): dims for dims in BENCH}  # to time (gpu_peers.py)
 OTHER = [{"m": 32768, "g": 6, **K2}, {"m": 512, "g": 24, **K2}, {"m": 64, "g": 6, **DOWN}]
 STACK = {"m": 8, "g": 24, "layers": 4, **K2}
 SMALL = {"m": 2500, "g": 4, "k": 1408, "n": 700}
@@ -132,26 +177,6 @@ AOT = {
         for of, form in (("w", "bfloat16"), ("x", "bfloat16"), ("x", "int4"))
     },
 }
-
-
-def moved(form: str, sizes: np.ndarray, m: int, g: int, k: int, n: int) -> tuple[int, int]:
-    """(HBM bytes, rows computed) of a call with these sizes of groups, forward, bfloat16 rows.
-
-    Bytes: x for every block of columns, matrices of groups with rows and results once.
-    """
-    x, w = jax.ShapeDtypeStruct((m, k), jnp.bfloat16), held(form, 1, g, k=k, n=n)
-    size, start = sizes_of(x, w, k, n, g), 0
-    computed = 0
-    for rows in sizes:
-        end, tile, piece = start + rows, size.rows, min(size.rows, PIECE)
-        for first in range(start - start % tile, end, tile):
-            low, high = max(start, first), min(end, first + tile)
-            whole = high - low == tile
-            computed += tile if whole else (-(-high // piece) - low // piece) * piece
-        start = end
-    matrix = sum(a.size * a.dtype.itemsize for a in jax.tree.leaves(w)) // g
-    asked = 2 * m * k * -(-n // size.columns)
-    return asked + matrix * int((sizes > 0).sum()) + 2 * m * n, computed
 
 
 def main() -> None:

@@ -60,9 +60,12 @@ def _cases(m: int, g: int, k: int, n: int):
     rows = min(m, 512)
     tiling = (rows, 1024, 1024)
     macs = rows * 1024 * 1024
-    case = lambda make, held, **how: Case(  # noqa: E731
-        functools.partial(make, **how, **dims), BENCH, held, macs, pairs=macs // 1024
-    )
+
+    def case(make, held, **how) -> Case:
+        moved = 2 * rows * 1024 + (1 if held == "int8" else 2) * 1024**2  # both inputs
+        of = functools.partial(make, **how, **dims)
+        return Case(of, BENCH, held, macs, moved, pairs=macs // 1024)
+
     return {
         (name, "jax_megablox"): case(_megablox, "bfloat16", tiling=tiling),
         (name, "tokamax"): case(_tokamax, "bfloat16", tiling=tiling),

@@ -24,6 +24,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from kernels_pallas import limits
 from kernels_pallas.attention.tile import LANE, dot, up
 from kernels_pallas.grouped_matmul.expand import (
     Form,
@@ -116,6 +117,21 @@ class Refs(NamedTuple):
     out: Any  # rows columns
     acc: Any  # rows columns   float32
     held: Any  # columns a   widened, or None
+
+
+def unsupported(x, weights: Weights, sizes, layer) -> str | None:
+    """Why the kernels do not multiply x by the weights, or None."""
+    packed = isinstance(weights, Packed)
+    if why := limits.numbers(x=x) or (None if packed else limits.numbers(weights=weights)):
+        return why
+    a, b = shape(weights)[-2:]
+    lead = () if layer is not None else (1,)
+    stack = jax.tree.map(lambda w: jax.ShapeDtypeStruct(lead + w.shape, w.dtype), weights)
+    size = sizes_of(x, stack, a, b, sizes.shape[0])
+    blocks = [(size.rows, a, x.dtype.itemsize)]
+    if not packed:
+        blocks.append((a, size.columns, weights.dtype.itemsize))
+    return limits.windows(VMEM, f"{a} numbers to contract", *blocks)
 
 
 def forward(x, weights, sizes, layer, back: bool = False, *, interpret: bool = False) -> jax.Array:

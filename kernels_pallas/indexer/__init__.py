@@ -8,6 +8,7 @@ import functools
 
 import jax
 
+from kernels_pallas import limits
 from kernels_pallas.indexer import ref, tpu, xla
 
 # b batch, m query, i index dim, l layer, c block, g summary key of a block, k choice
@@ -51,5 +52,6 @@ def top_blocks(
             f"top_blocks: queries b m i {q.shape}, keys l b c g i {keys.shape} and before b m "
             f"{before.shape} must agree in b, m and i"
         )
+    limits.check("top_blocks", impl, tpu.unsupported, q, keys)
     q, keys = jax.lax.stop_gradient((q, keys))
     return IMPLS[impl](q, keys, layer, block_pos, block_seg, before, seg, k)

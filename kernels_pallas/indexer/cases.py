@@ -42,7 +42,7 @@ def _compiled(tags: str, **dims) -> Case:
     """Of a tile of 512 blocks and 128 queries: scores, and one turn of the search."""
     g, i = dims["g"], dims["i"]
     make = functools.partial(_abstract, **dims)
-    return Case(make, frozenset(tags.split()), f"{g}x{i}", 512 * 128 * g * i)
+    return Case(make, frozenset(tags.split()), f"{g}x{i}", 512 * 128 * g * i, 512 * (2 * g * i + 8))
 
 
 AOT = {

@@ -21,11 +21,19 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from kernels_pallas import limits
 from kernels_pallas.attention.bounds import FAR, key_bounds, pairs, query_bounds, span
 from kernels_pallas.attention.tile import LANE, SUB, columns, dot, pad, up, visible
 
 TILE = 512  # blocks searched at a time
 TURN = 4  # strikes between two looks at whether there are more
+
+
+def unsupported(q, keys) -> str | None:
+    """Why the kernel does not search keys for q, or None."""
+    b, m = q.shape[:2]
+    why = limits.numbers(q=q, keys=keys)
+    return why or limits.scalars(2 * b * pl.cdiv(m, LANE), f"{b} x {m} queries")
 
 
 def top_blocks(q, keys, layer, block_pos, block_seg, before, seg, k, interpret: bool = False):

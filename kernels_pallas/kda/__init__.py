@@ -14,6 +14,7 @@ import functools
 
 import jax
 
+from kernels_pallas import limits
 from kernels_pallas.kda import ref, tpu, xla
 
 # b batch, t token, h head, k key dim, v value dim
@@ -68,4 +69,5 @@ def kda(
                 f"kda: {name} is {x.shape}; with q b t h k {q.shape} and {value} values a head it "
                 f"must be {shape}"
             )
+    limits.check("kda", impl, tpu.unsupported, q, k, v)
     return IMPLS[impl](q, k, v, g, beta, state, start)

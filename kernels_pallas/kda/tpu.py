@@ -31,6 +31,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from kernels_pallas import limits
 from kernels_pallas.attention.tile import VMEM, pad
 from kernels_pallas.kda import ref
 from kernels_pallas.kda.chunk import CHUNK, HEADS, LANES, chunk
@@ -48,6 +49,11 @@ class Tokens(NamedTuple):
     v: jax.Array  # b p v (c l)
     g: jax.Array  # b p k (c l)   float32, as all below
     beta: jax.Array  # b p 1 (c l)
+
+
+def unsupported(q, k, v) -> str | None:
+    """Why the kernels do not run the rule, or None; each input may have its own dtype."""
+    return limits.numbers(q=q) or limits.numbers(k=k) or limits.numbers(v=v)
 
 
 def kda(q, k, v, g, beta, state, start, *, interpret: bool = False):

@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import jax
 
+from kernels_pallas import limits
 from kernels_pallas.attention import Queries
 from kernels_pallas.attention.vjp import at_once, differentiable, summed
 from kernels_pallas.latent import ref, tpu, tpu_bwd, xla
@@ -59,6 +60,7 @@ def latent_attention(
         )
     if (q.rope is None) != (kv.k_rope is None):
         raise ValueError("latent_attention: queries and keys both have a rotary part, or neither")
+    limits.check("latent_attention", impl, tpu.unsupported, q, kv, up)
     return IMPLS[impl](q, kv, up, scale=scale)
 
 
@@ -74,4 +76,6 @@ def latent_attention_grads(
     """
     if impl not in GRADS:
         raise ValueError(f"latent_attention_grads: unknown {impl=}, there are {sorted(GRADS)}")
+    sizes = tpu_bwd.BLOCK_Q, tpu_bwd.BLOCK_K
+    limits.check("latent_attention_grads", impl, tpu.unsupported, q, kv, up, *sizes)
     return GRADS[impl](q, kv, up, lse, d_out, delta, scale=scale)

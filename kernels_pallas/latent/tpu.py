@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from kernels_pallas import limits
 from kernels_pallas.attention.tile import (
     SUB,
     VMEM,
@@ -35,7 +36,7 @@ from kernels_pallas.attention.tile import (
     queries_at,
     scalars,
 )
-from kernels_pallas.attention.tpu import asked_of
+from kernels_pallas.attention.tpu import asked_of, too_long
 from kernels_pallas.partial import Partial
 
 BLOCK_Q, BLOCK_K = 2048, 512
@@ -50,6 +51,15 @@ class Inputs(NamedTuple):
     rope: jax.Array | None  # b s p
     k_where: jax.Array  # b 2 s: pos, seg
     up: tuple  # h r n and h r v
+
+
+def unsupported(
+    q, kv, up, block_q: int = BLOCK_Q, block_k: int = BLOCK_K
+) -> str | None:
+    """Why no kernel with such blocks attends q to latents, or None. Weights are cast to theirs."""
+    why = limits.numbers(q_nope=q.nope, q_rope=q.rope, latent=kv.latent, k_rope=kv.k_rope)
+    blocks = blocks_for(q.pos.shape[1], kv.pos.shape[1], block_q, block_k, kv.latent.dtype)
+    return why or too_long(q, kv, blocks)
 
 
 def keys_of(kv, up, blocks: Blocks) -> Inputs:

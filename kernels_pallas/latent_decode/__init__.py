@@ -10,6 +10,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from kernels_pallas import limits
 from kernels_pallas.attention import Queries
 from kernels_pallas.latent_decode import ref, tpu, xla
 from kernels_pallas.latent_decode.ref import unpair as unpair
@@ -70,4 +71,5 @@ def latent_decode(
         raise ValueError("latent_decode: queries and pages both have a rotary part, or neither")
     if (pages.scale is None) != (pages.latent.dtype != jnp.int8):
         raise ValueError("latent_decode: int8 latents have a scale, others have none")
+    limits.check("latent_decode", impl, tpu.unsupported, q, pages, table)
     return IMPLS[impl](q, pages, layer, table, scale=scale)

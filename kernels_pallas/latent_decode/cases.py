@@ -76,19 +76,20 @@ def _macs(t: int) -> int:
     return KIMI["j"] * t * KIMI["h"] * (2 * KIMI["r"] + KIMI["p"])
 
 
+def _page(t: int, store=None) -> Case:
+    """Of t queries to a page of a long cache."""
+    bytes_, scale = (1, 4) if store else (2, 0)
+    moved = KIMI["j"] * (bytes_ * KIMI["r"] + 2 * KIMI["p"] + 8 + scale)
+    make = functools.partial(_make, t=t, store=store, **LONG)
+    return Case(make, BENCH, "576/512", _macs(t), moved, pairs=KIMI["j"] * 64 * t)
+
+
 LONG = {"b": 1, "n": 256, "layers": 4}  # 131,072 tokens
 BENCH, CI, K2 = frozenset({"bench", "k2"}), frozenset({"ci"}), frozenset({"k2"})
 AOT = {
-    ("1 of 131,072", "pallas"): Case(
-        functools.partial(_make, t=1, **LONG), BENCH, "576/512", _macs(1), pairs=KIMI["j"] * 64
-    ),
-    ("4 of 131,072", "pallas"): Case(
-        functools.partial(_make, t=4, **LONG), BENCH, "576/512", _macs(4), pairs=KIMI["j"] * 256
-    ),
-    ("1 of 131,072, int8", "pallas"): Case(
-        functools.partial(_make, t=1, store=jnp.int8, **LONG), BENCH, "576/512", _macs(1),
-        pairs=KIMI["j"] * 64,
-    ),
+    ("1 of 131,072", "pallas"): _page(1),
+    ("4 of 131,072", "pallas"): _page(4),
+    ("1 of 131,072, int8", "pallas"): _page(1, jnp.int8),
     ("ragged batch", "pallas"): Case(
         functools.partial(_make, t=1, b=8, n=3, layers=2), CI, "576/512"
     ),

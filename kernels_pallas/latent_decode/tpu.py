@@ -25,6 +25,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from kernels_pallas import limits
 from kernels_pallas.attention.bounds import (
     any_pair,
     every_pair,
@@ -41,6 +42,7 @@ from kernels_pallas.attention.tile import (
     State,
     attend,
     pad,
+    up,
 )
 from kernels_pallas.partial import Partial, merge
 
@@ -66,6 +68,13 @@ class Inputs(NamedTuple):
     rope: jax.Array | None  # l c j/2 2p
     k_where: jax.Array  # c 2 j
     scale: jax.Array | None  # l c 1 j
+
+
+def unsupported(q, pages, table) -> str | None:
+    """Why the kernel does not attend q to pages, or None."""
+    latent = pages.latent if pages.scale is None else None  # int8 is widened to what q is
+    why = limits.numbers(q_nope=q.nope, q_rope=q.rope, latent=latent, rope=pages.rope)
+    return why or limits.scalars(2 * up(table.size, PARTS), f"pages of a table {table.shape}")
 
 
 def decode(q, pages, layer, table, *, scale: float, interpret: bool = False) -> Partial:

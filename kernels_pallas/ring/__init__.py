@@ -8,6 +8,7 @@ kernels_pallas.latent gives for all latents at once.
 
 import jax
 
+from kernels_pallas import limits
 from kernels_pallas.partial import Partial
 from kernels_pallas.ring import tpu, tpu_bwd
 
@@ -26,7 +27,9 @@ def ring_attention(
 
     Not differentiable by itself: see ring_attention_grads. ValueError: an unknown impl.
     """
-    return tpu.forward(q, kv, up, scale=scale, axes=axes, interpret=_interpret(impl))
+    interpret = _interpret(impl)
+    limits.check("ring_attention", impl, tpu.unsupported, q, kv, up)
+    return tpu.forward(q, kv, up, scale=scale, axes=axes, interpret=interpret)
 
 
 def ring_attention_grads(
@@ -40,8 +43,9 @@ def ring_attention_grads(
     Those of kv are sums over all devices of the ring. Those of the weights are of the device's own
     queries: the caller sums them over the ring. ValueError: an unknown impl.
     """
-    row = (lse, d_out, delta)
-    return tpu_bwd.grads(q, kv, up, *row, scale=scale, axes=axes, interpret=_interpret(impl))
+    row, interpret = (lse, d_out, delta), _interpret(impl)
+    limits.check("ring_attention_grads", impl, tpu.unsupported, q, kv, up)
+    return tpu_bwd.grads(q, kv, up, *row, scale=scale, axes=axes, interpret=interpret)
 
 
 def _interpret(impl: str) -> bool:

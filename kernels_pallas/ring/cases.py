@@ -13,7 +13,7 @@ from jax.sharding import PartitionSpec as P
 from kernels_pallas.aot import Case
 from kernels_pallas.attention import Queries
 from kernels_pallas.latent import Latents
-from kernels_pallas.latent.cases import AFTER, AHEAD, KIMI
+from kernels_pallas.latent.cases import AFTER, AHEAD, KIMI, MOVED_AFTER, MOVED_AHEAD
 from kernels_pallas.ring import ring_attention, ring_attention_grads
 
 CASES = {}
@@ -61,12 +61,12 @@ LONG = {**KIMI, "h": 16, "tokens": 2**15}  # 2M tokens, heads dealt out over fou
 NEEDED = AHEAD * (192 + 128) + AHEAD // 2048 * 512 * (128 + 128)  # as in latent/cases.py
 AOT = {
     ("4 devices", "pallas"): Case(
-        functools.partial(_forward, **FEW), BENCH, "192/128", NEEDED, "ring", pairs=AHEAD,
-        devices=4,
+        functools.partial(_forward, **FEW), BENCH, "192/128", NEEDED, MOVED_AHEAD, "ring",
+        pairs=AHEAD, devices=4,
     ),
     ("4 devices, gradients", "pallas"): Case(
-        functools.partial(_gradients, **FEW), BENCH, "192/128", AFTER * (3 * 192 + 2 * 128), "ring",
-        pairs=AFTER, devices=4,
+        functools.partial(_gradients, **FEW), BENCH, "192/128", AFTER * (3 * 192 + 2 * 128),
+        MOVED_AFTER, "ring", pairs=AFTER, devices=4,
     ),
     **{
         (f"{name}{what}", "pallas"): Case(

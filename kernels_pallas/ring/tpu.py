@@ -19,7 +19,15 @@ from jax.experimental.pallas import tpu as pltpu
 
 from kernels_pallas.attention.tile import Blocks, Scalars, State, blocks_for, queries_at
 from kernels_pallas.attention.tpu import asked_of
-from kernels_pallas.latent.tpu import BLOCK_K, BLOCK_Q, Inputs, keys_of, meet, specs
+from kernels_pallas.latent.tpu import (
+    BLOCK_K,
+    BLOCK_Q,
+    Inputs,
+    keys_of,
+    meet,
+    specs,
+)
+from kernels_pallas.latent.tpu import unsupported as unsupported
 from kernels_pallas.partial import Partial
 from kernels_pallas.ring.hops import (
     SPLIT,

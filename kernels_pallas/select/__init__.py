@@ -9,6 +9,7 @@ import functools
 
 import jax
 
+from kernels_pallas import limits
 from kernels_pallas.partial import Partial
 from kernels_pallas.select import ref, tpu, tpu_bwd, xla
 from kernels_pallas.select.vjp import differentiable
@@ -47,4 +48,5 @@ def select(
             f"select: queries b m t h r {q.shape}, blocks l b c j r {blocks.shape} and ids b m k "
             f"{ids.shape} must agree in b, m and r"
         )
+    limits.check("select", impl, tpu.unsupported, q, blocks, ids)
     return IMPLS[impl](q, blocks, layer, ids, scale=scale)

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 
 from kernels_pallas.aot import Case
 from kernels_pallas.attention import Keys, Queries, attention
+from kernels_pallas.attention.cases import key_bytes, query_bytes
 from kernels_pallas.select import select
 
 
@@ -70,9 +71,13 @@ def _gradient(call):
 def _compiled(make, dims: dict, rows: int, keys: int, tags: str, gradient: bool = False) -> Case:
     """Of so many rows and keys of an inner block."""
     r, products = dims["r"], 5 if gradient else 2
+    if make is _dense:  # keys come by and are read as values too; backward queries do
+        moved = rows * query_bytes(r, 0, r) if gradient else keys * key_bytes(r, 0, r)
+    else:  # chosen blocks, whose gradients are read and written
+        moved = keys * r * (2 + 8 if gradient else 2)
     return Case(
         functools.partial(make, **dims, gradient=gradient), frozenset(tags.split()), f"{r}/{r}",
-        rows * keys * r * products, "grads" if gradient else "", pairs=rows * keys,
+        rows * keys * r * products, moved, "grads" if gradient else "", pairs=rows * keys,
     )
 
 

@@ -32,6 +32,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from kernels_pallas import limits
 from kernels_pallas.attention.tile import LANE, LANES, LOG2E, VMEM, State, dot, pad, up
 from kernels_pallas.partial import Partial
 
@@ -57,6 +58,12 @@ def sizes(q, blocks, ids) -> Sizes:
     parts = 2 if b == 1 and m % 2 == 0 else 1  # rows of a batch are parts of their own
     unroll = min(max(KEYS // blocks.shape[3], 1), k)
     return Sizes(lanes, up(pl.cdiv(rows, pieces), lanes), pieces, unroll, parts, m // parts)
+
+
+def unsupported(q, blocks, ids) -> str | None:
+    """Why the kernels do not attend q to the chosen blocks, or None."""
+    why = limits.numbers(q=q, blocks=blocks)
+    return why or limits.scalars(4 * (ids.shape[-1] + 1), f"{ids.shape[-1]} choices of a tile")
 
 
 def flat(x, size: Sizes):

@@ -10,6 +10,7 @@ import pytest
 from kernels_pallas import aot, bench
 from kernels_pallas.aot import __main__ as check
 from kernels_pallas.aot import child
+from kernels_pallas.latent_decode import cases as latent_decode_cases
 from tests.kernels import aot_kernels
 
 CHIP = "v5p"
@@ -108,6 +109,7 @@ def test_the_bench_writes_rows(monkeypatch, tmp_path, capsys):
     (row,) = json.loads((tmp_path / "rows").read_text())["rows"]
     want = {"op": "test", "case": "product", "impl": "pallas", "dims": "512", "chip": CHIP}
     assert row | want == row
+    assert row["roofline"] == row["useful_mxu"] and row["bound"] == "MXU"
     assert {"cycles", "mxu_occupancy", "useful_mxu", "spills", "vmem_bytes", "bundles"} < set(row)
     assert str(row["cycles"]) in capsys.readouterr().out
 
@@ -118,7 +120,10 @@ def test_the_check_counts_what_failed(monkeypatch, capsys):
     monkeypatch.setattr(aot_kernels, "AOT", dict(list(aot_kernels.AOT.items())[:2]))
     assert check.main(["--chips", CHIP]) == 1
     said = capsys.readouterr().out.splitlines()
-    assert "ok," in said[0] and "FAILED VMEM" in said[1] and said[2] == "1 of 2 compiled"
+    assert said[0].split()[-6:] == ["lower", "s", "compile", "s", "VMEM", "MiB"]
+    lower, build, vmem = map(float, said[1].split()[-3:])
+    assert lower > 0 and build > 0 and vmem > 0
+    assert "FAILED VMEM" in said[2] and said[3] == "1 of 2 compiled"
 
 
 def test_wrong_names_are_named(capsys):
@@ -136,6 +141,24 @@ def test_a_missing_compiler_is_said(monkeypatch):
     monkeypatch.delenv("TPU_LIBRARY_PATH", raising=False)
     with pytest.raises(aot.CompileError, match="libtpu is not installed: make aot"):
         next(child.run(OURS))
+
+
+def test_a_roofline_is_the_tighter_bound():
+    chip = aot.CHIPS["v5p"]  # 65,536 MACs a cycle; 2765e9 / 2 / 1.751e9 = 789.5 bytes
+    case = aot.Case(lambda: None, macs=65536 * 100)
+    at = lambda **how: child.roofline(case._replace(**how), chip, 400)  # noqa: E731
+    assert at() == {"roofline": 0.25, "bound": "MXU"}
+    assert at(moved=789.0 * 90)["bound"] == "MXU"
+    got = at(moved=789.5 * 800)
+    assert got["bound"] == "HBM" and got["roofline"] == pytest.approx(2, rel=1e-3)
+    assert at(macs=None) == {"roofline": None, "bound": None}
+
+
+def test_bytes_of_a_page_are_those_of_the_call():
+    case = latent_decode_cases.AOT["1 of 131,072", "pallas"]
+    _, (q, pages, *_) = case.make()
+    whole = latent_decode_cases.hbm_bytes(q, pages, pages.pos.size)
+    assert case.moved * pages.pos.shape[0] == pytest.approx(whole, rel=5e-3)
 
 
 def test_clocks_are_those_of_the_chips():
