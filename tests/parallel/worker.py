@@ -57,8 +57,8 @@ class Job:
             self.runs, self.restore = self.call.pop("runs"), arranged.restore
             params = self.everywhere(params, plan.shardings(self.cfg))
         optimizer = optax.sgd(0.1)
-        zero, one = self.whole(np.int32(0)), self.whole(np.float32(0))
-        self.state = TrainState(zero, params, optimizer.init(params), one, zero)
+        step, norm, skipped = (self.whole(t(0)) for t in (np.int32, np.float32, np.int32))
+        self.state = TrainState(step, params, optimizer.init(params), norm, skipped)
         self.step = make_step(self.loss, optimizer)
 
     def everywhere(self, tree, shardings):
