@@ -47,6 +47,7 @@ def muon(
     decay: float = 0.1,
     momentum: float = 0.95,
     nesterov: bool = False,
+    adam_rate: optax.ScalarOrSchedule | None = None,
     clip: float | None = 1.0,
     dtype: jnp.dtype = jnp.float32,
     shardings=None,
@@ -54,6 +55,8 @@ def muon(
     """The optimiser for parameters described by `boxed` (`kimijax.model.abstract_params`).
 
     learning_rate  of both kinds: updates of matrices have the RMS of AdamW's
+    adam_rate      of what AdamW updates, where it is to be another (in short runs matrices take
+                   larger steps); None: the same
     decay          decoupled, times the learning rate
     clip           largest global norm of the gradients; None: any
     dtype          of the Newton-Schulz products (bfloat16 in the reference implementation)
@@ -67,14 +70,15 @@ def muon(
         lambda kind, x, where: (matrices_of(x), where) if kind == "muon" else optax.MaskedNode(),
         kinds, names, shardings,
     )
-    rate = (optax.add_decayed_weights(decay), optax.scale_by_learning_rate(learning_rate))
+    decayed, rate = optax.add_decayed_weights(decay), optax.scale_by_learning_rate(learning_rate)
     adam = optax.scale_by_adam(0.9, 0.95, 1e-8)
+    adam_rate = optax.scale_by_learning_rate(learning_rate if adam_rate is None else adam_rate)
     return optax.chain(
         optax.identity() if clip is None else optax.clip_by_global_norm(clip),
         optax.partition({
-            "muon": optax.chain(scale_by_muon(matrices, momentum, nesterov, dtype), *rate),
-            "adam": optax.chain(adam, *rate),
-            "adam without decay": optax.chain(adam, rate[1]),
+            "muon": optax.chain(scale_by_muon(matrices, momentum, nesterov, dtype), decayed, rate),
+            "adam": optax.chain(adam, decayed, adam_rate),
+            "adam without decay": optax.chain(adam, adam_rate),
             "moved by the load": optax.set_to_zero(),
         }, kinds),
     )
