@@ -1,0 +1,75 @@
+"""The notebooks, run by this interpreter in processes of their own.
+
+    python -m tests.notebooks [NAME ...]    # again, and written back with their pictures alone
+"""
+
+import os
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import nbformat
+from jupyter_client import AsyncKernelManager
+from jupyter_client.kernelspec import KernelSpecManager
+from nbclient import NotebookClient
+from nbformat import NotebookNode
+
+ROOT = Path(__file__).parents[1]
+PATHS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+PICTURE = "image/png"
+
+
+def execute(path: Path, **env: str) -> NotebookNode:
+    """The notebook with all outputs; CellExecutionError: a cell failed.
+
+    env  variables besides this process's own; how many devices there are is left to the notebook
+    """
+    notebook = nbformat.read(path, as_version=4)
+    with tempfile.TemporaryDirectory() as scratch:
+        # No kernel that is installed somewhere, and no file outside of `scratch`.
+        manager = AsyncKernelManager(
+            kernel_name="python3", kernel_spec_manager=KernelSpecManager(kernel_dirs=[]),
+            connection_file=str(Path(scratch) / "kernel.json"), transport="ipc",
+            ip=str(Path(scratch) / "socket"),
+        )
+        client = NotebookClient(
+            notebook, km=manager, timeout=900, resources={"metadata": {"path": str(path.parent)}}
+        )
+        flags = os.environ.get("XLA_FLAGS", "").split()
+        own = {
+            "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT), "IPYTHONDIR": scratch,
+            "TMPDIR": scratch, "XLA_FLAGS": " ".join(f for f in flags if "device_count" not in f),
+        }
+        return client.execute(cleanup_kc=True, env=dict(os.environ) | own | env)
+
+
+def pictures_only(notebook: NotebookNode) -> NotebookNode:
+    """What is committed: sources and pictures, no text, no counts, no times."""
+    for cell in notebook.cells:
+        cell.metadata = {}
+        if cell.cell_type == "code":
+            found = [out.data[PICTURE] for out in cell.outputs if PICTURE in out.get("data", {})]
+            data = [{PICTURE: picture} for picture in found]
+            cell.outputs = [nbformat.v4.new_output("display_data", data=d) for d in data]
+            cell.execution_count = None
+    notebook.metadata = {k: notebook.metadata[k] for k in ("kernelspec", "language_info")}
+    notebook.metadata["language_info"] = {"name": "python"}
+    return notebook
+
+
+def main(names: list[str]) -> None:
+    """Run them, or all, and write each back."""
+    for path in PATHS:
+        if names and path.stem not in names:
+            continue
+        began = time.monotonic()
+        text = nbformat.writes(pictures_only(execute(path)))
+        temporary = path.with_name(f"{path.name}.tmp")
+        temporary.write_text(text + "\n")
+        temporary.replace(path)
+        print(f"{path.name}: {time.monotonic() - began:.0f} s, {len(text) / 1024:.0f} KiB")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
