@@ -21,7 +21,7 @@ from PIL import Image
 ROOT = Path(__file__).parents[1]
 PATHS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 PICTURE = "image/png"
-COLOURS = 96  # of a picture as it is kept
+COLOURS = 256  # of a picture as it is kept
 
 
 def execute(path: Path, **env: str) -> NotebookNode:
@@ -63,7 +63,7 @@ def pictures_only(notebook: NotebookNode) -> NotebookNode:
 
 
 def shrink(notebook: NotebookNode) -> None:
-    """Its pictures in few colours, for the repository: a third of the bytes."""
+    """Its pictures in few colours, for the repository: half the bytes."""
     for cell in notebook.cells:
         for out in cell.get("outputs", []):
             image = Image.open(io.BytesIO(base64.b64decode(out.data[PICTURE]))).convert("RGB")
