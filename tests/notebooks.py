@@ -73,7 +73,10 @@ def shrink(notebook: NotebookNode) -> None:
 
 
 def main(names: list[str]) -> None:
-    """Run them, or all, and write each back."""
+    """Run them, or all, and write each back. SystemExit: there is no such notebook."""
+    if unknown := sorted(set(names) - {path.stem for path in PATHS}):
+        known = ", ".join(path.stem for path in PATHS)
+        sys.exit(f"error: there is no notebook {unknown[0]!r:.40}, there are {known}")
     for path in PATHS:
         if names and path.stem not in names:
             continue
