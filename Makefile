@@ -33,7 +33,7 @@ run: env
 lint: env
 	$(PY) -m ruff check . $(ARGS)
 
-# From top to bottom, index_choices over fewer tokens. To draw their pictures anew: tests/notebooks.py.
+# From top to bottom, index_choices over fewer tokens. tests/notebooks.py draws their pictures anew.
 notebooks: env
 	$(PY) -m pytest -q -n 0 -m slow tests/test_notebooks.py $(ARGS)
 
