@@ -1,4 +1,4 @@
-# make env | test | run | lint | parity | matrix | ring | aot | bench | clean.
+# make env | test | run | lint | notebooks | parity | matrix | ring | aot | bench | clean.
 # Extra arguments: make run ARGS="--context 65536"
 
 PYTHON ?= python3
@@ -12,7 +12,7 @@ PIP := -m pip install -q --disable-pip-version-check -c constraints.txt
 NEW_ENOUGH := -c 'import sys; sys.exit(sys.version_info < (3, 11))'
 HAS_PIP := -c 'import importlib.metadata; importlib.metadata.version("pip")'
 
-.PHONY: env venv test run lint parity matrix ring aot bench clean
+.PHONY: env venv test run lint notebooks parity matrix ring aot bench clean
 
 # An environment of its own that sees the packages of `env`: $(call beside,FOLDER).
 define beside
@@ -32,6 +32,10 @@ run: env
 
 lint: env
 	$(PY) -m ruff check . $(ARGS)
+
+# From top to bottom, index_choices over fewer tokens. tests/notebooks.py draws their pictures anew.
+notebooks: env
+	$(PY) -m pytest -q -n 0 -m slow tests/test_notebooks.py $(ARGS)
 
 # Every layer in every way over eight virtual devices against one; SAMPLE=1: every pair of values.
 # Collectives of eight devices wait for one another, so there must be as many threads. Compiled as
