@@ -32,9 +32,10 @@ def test_the_model_is_small():
 def test_seeds_follow_the_best_rate():
     muonclip = module("muonclip")
     first = list(muonclip.runs([]))
-    done = [Done(s, {"loss": abs(math.log(s["lr"] / 0.012))}) for s in first]
+    done = [Done(s, {"loss": abs(math.log(s["lr"] / 0.04))}) for s in first]
     more = list(muonclip.runs(done))[len(first):]
-    assert {(s["lr"], s["seed"]) for s in more} == {(0.012, 1), (0.012, 2)}
+    assert {(s["lr"], s["seed"]) for s in more} == {
+        (lr, seed) for lr in (0.032, 0.048) for seed in (1, 2)}
     assert {s["optimizer"] for s in more} == {"adamw", "muonclip"}
     assert list(muonclip.runs(done[:-1]))[len(first):] == [
         s for s in more if s["optimizer"] == "adamw"]

@@ -2,6 +2,7 @@
 
 Ask     Final held-out loss of AdamW over 1.0 M tokens, and of MuonClip on 0.75 of them: each with
         its own full schedule, its learning rate the best of four by one seed, then three seeds.
+        Muon with Nesterov momentum; what it leaves to AdamW has a learning rate of its own.
 Run     python -m experiments.ablations.muonclip --out runs/muonclip --jobs 2
 Cost    14 runs of a 0.36 M-parameter byte model.
 Answer  not measured yet.
@@ -12,8 +13,10 @@ from pathlib import Path
 
 from kimijax.sweep import Done, Plot, Settings, Sweep, main, product
 
-RATES = {"adamw": (0.003, 0.006, 0.012, 0.024), "muonclip": (0.006, 0.012, 0.024, 0.048)}
+ROWS, STEPS = 32, 122  # of 256 tokens: one million
+RATES = {"adamw": (0.004, 0.008, 0.016, 0.032), "muonclip": (0.024, 0.048, 0.096, 0.192)}
 SHARE = {"adamw": 1.0, "muonclip": 0.75}  # of STEPS
+ADAM_RATE = 0.008  # of embedding, head and norms beside Muon
 TAU = 100.0
 SEEDS = (0, 1, 2)
 
@@ -32,14 +35,19 @@ def runs(done: Sequence[Done]) -> Iterator[Settings]:
 
 def run(settings: Settings, out: Path) -> dict:
     """Train one model."""
-    from experiments.ablations.small import STEPS, model_of, train
+    from experiments.ablations.small import model_of, train
     from kimijax.optim import adamw, muon
 
-    kind = settings["optimizer"]
-    build = {"adamw": adamw, "muonclip": muon}[kind]
+    kind, lr = settings["optimizer"], settings["lr"]
+
+    def muonclip(boxed, rate):
+        rest = lambda step: rate(step) * (ADAM_RATE / lr)  # noqa: E731
+        return muon(boxed, rate, nesterov=True, adam_rate=rest)
+
     _, result = train(
-        model_of(), out, build, seed=settings["seed"], lr=settings["lr"],
-        steps=round(STEPS * SHARE[kind]), tau=TAU if kind == "muonclip" else None,
+        model_of(), out, {"adamw": adamw, "muonclip": muonclip}[kind], seed=settings["seed"],
+        lr=lr, steps=round(STEPS * SHARE[kind]), rows=ROWS,
+        tau=TAU if kind == "muonclip" else None,
     )
     return result
 

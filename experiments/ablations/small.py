@@ -92,7 +92,7 @@ def train(
     from kimijax.train.rows import LanguageRows, placed
 
     model = Model(cfg, local(exact=exact) if plan is None else plan.ops())
-    optimizer = optimizer_of(abstract_params(model), cosine(lr, min(20, steps), steps, lr / 10))
+    optimizer = optimizer_of(abstract_params(model), cosine(lr, steps // 10, steps, lr / 10))
     where = None if plan is None else state_shardings(model, optimizer, plan)
     prepare, runs = (lambda x: x), None
     if plan is not None:
