@@ -2,6 +2,7 @@
 
 import jax
 import optax
+import pytest
 
 from experiments.train_needle import loss_of, optimizer_of
 from kimijax.data.needles import batch
@@ -27,6 +28,7 @@ def trained(plan):
     return said, state, where
 
 
+@pytest.mark.slow  # tests/test_step.py has another model on a mesh
 def test_two_steps_on_a_mesh_are_those_of_one_device():
     want, *_ = trained(None)
     mesh = make_mesh({"data": 2, "seq": 2, "expert": 2})
