@@ -10,9 +10,9 @@ optimizer's state goes through all of them. Interrupted in any phase, the same c
 """
 
 import argparse
-from dataclasses import dataclass, replace
 from pathlib import Path
 
+from experiments.curricula import CURRICULA, Stage, learning_rate, stretched
 from kimijax.cli import run_module
 from kimijax.commands.checkpoint import DTYPES
 from kimijax.commands.mesh import add_mesh, plan_of
@@ -22,46 +22,7 @@ from kimijax.errors import UserError
 
 BALANCE_RATE = 1e-3
 TAU = 100.0
-
-
-@dataclass(frozen=True, kw_only=True)
-class Stage:
-    """A phase: `rows` of `length` tokens a step; its learning rate goes from `rate` to `final`."""
-
-    length: int
-    rows: int
-    steps: int
-    rate: float
-    final: float
-    warmup: int = 0
-    yarn: float | None = None  # factor by which rotary positions are stretched; None: not
-
-
-def k2() -> tuple[Stage, ...]:
-    """Kimi K2 (arXiv:2507.20534): 67 M tokens a step, 15.5 T in all, then longer and longer rows.
-
-    The last phase's tokens are not published; it has those of the second.
-    """
-    return (
-        Stage(length=4096, rows=16384, steps=149_000, rate=2e-4, final=2e-4, warmup=500),
-        Stage(length=4096, rows=16384, steps=82_000, rate=2e-4, final=2e-5),
-        Stage(length=4096, rows=16384, steps=5_960, rate=2e-5, final=7e-6),
-        Stage(length=32_768, rows=2048, steps=894, rate=7e-6, final=7e-6),
-        Stage(length=131_072, rows=512, steps=894, rate=7e-6, final=7e-6, yarn=32.0),
-    )
-
-
-def tiny() -> tuple[Stage, ...]:
-    """The same shape in two minutes on two cores."""
-    return (
-        Stage(length=128, rows=8, steps=40, rate=0.01, final=0.01, warmup=10),
-        Stage(length=128, rows=8, steps=20, rate=0.01, final=0.001),
-        Stage(length=512, rows=2, steps=10, rate=0.001, final=0.0005),
-        Stage(length=1024, rows=1, steps=10, rate=0.0005, final=0.0005, yarn=8.0),
-    )
-
-
-CURRICULA = {"k2": k2, "tiny": tiny}
+EVAL_STEPS = 4  # batches of held-out text
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -81,13 +42,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="skip a step whose gradient is so many times its running mean (default: %(default)s)")
     add("--save_minutes", type=float, default=10.0)
     add("--tensorboard", action="store_true")
+    add("--eval", metavar="PATH[,...]", help="held-out text: its loss, after every phase")
+    add("--eval_every", type=int, default=0, metavar="STEPS", help="and every so many steps")
+    add("--profile", type=steps, default=range(0), metavar="FIRST-LAST",
+        help="steps to trace into OUT/profile, as 10-12")
     add("--peak", type=float, metavar="FLOPS", help="of all devices, to log a fraction of it")
     add_mesh(parser)
 
 
+def steps(text: str) -> range:
+    """The steps of "10-12", both ends included."""
+    first, _, last = text.partition("-")
+    if not (first.isdigit() and last.isdigit() and 1 <= int(first) <= int(last)):
+        raise argparse.ArgumentTypeError(f"{text!r:.40} is no FIRST-LAST, as in 10-12")
+    return range(int(first), int(last) + 1)
+
+
 def main(args: argparse.Namespace) -> int:
     """Train, resuming if interrupted, and write the model."""
-    for name, least in (("seed", 0), ("parts", 1)):
+    for name, least in (("seed", 0), ("parts", 1), ("eval_every", 0)):
         if getattr(args, name) < least:
             raise UserError(f"--{name} must be {least} or more, got {getattr(args, name)}")
     with job_of(args):
@@ -113,7 +86,7 @@ def _train(args: argparse.Namespace) -> int:
         shardings=None if plan is None else plan.shardings(cfg),
     )
     where = None if plan is None else state_shardings(model, optimizer, plan)
-    datasets = datasets_of(args, cfg.vocab)
+    datasets = datasets_of(args.data, args.tokenizer, cfg.vocab)
     phases = [
         _phase(f"{i}-{stage.length}", args, stage, datasets, stretched(cfg, stages, stage),
                optimizer, plan, where)
@@ -128,7 +101,7 @@ def _train(args: argparse.Namespace) -> int:
         state = fit(
             init_state(model, optimizer, args.seed, where), phases, out, run,
             saves=Saves(seconds=60 * args.save_minutes), peak=args.peak,
-            tensorboard=args.tensorboard,
+            tensorboard=args.tensorboard, profile=args.profile,
         )
     except Interrupted as stopped:
         print(f"{stopped}; the same command goes on")
@@ -142,6 +115,8 @@ def _train(args: argparse.Namespace) -> int:
 
 def _phase(name, args, stage: Stage, datasets, cfg, optimizer, plan, where):
     """A phase of the loop: its model, step and data."""
+    import jax
+
     from kimijax.data.rows import batches
     from kimijax.metrics import prefill_flops
     from kimijax.model import Model
@@ -156,25 +131,47 @@ def _phase(name, args, stage: Stage, datasets, cfg, optimizer, plan, where):
         runs = plan.layout(cfg, stage.length).order.runs
         prepare = lambda rows: placed(plan, cfg, stage.rows, rows)  # noqa: E731
     model = Model(cfg, local(usual_impl()) if plan is None else plan.ops(), args.dtype)
+    loss = language_model(model, runs=runs)
     step = make_step(
-        language_model(model, runs=runs), optimizer, balance_rate=BALANCE_RATE,
+        loss, optimizer, balance_rate=BALANCE_RATE,
         qk_clip=qk_clip(cfg, args.tau), parts=args.parts, spike=args.spike, where=where,
     )
 
-    def opened():
-        rows = mixed_rows(args, stage, datasets, cfg)
+    def opened(rows):
         part = (0, 1) if plan is None else share(plan, stage.rows)
         return LanguageRows(batches(rows, stage.rows, *part), prepare)
 
+    def train():
+        return opened(mixed_rows(args.data, stage, stage.steps, args.seed, datasets, cfg))
+
+    evaluate = None
+    if args.eval is not None:
+        held = datasets_of(args.eval, args.tokenizer, cfg.vocab)
+        rows = lambda: mixed_rows(args.eval, stage, EVAL_STEPS, 0, held, cfg)  # noqa: E731
+        evaluate = evaluation(jax.jit(loss), lambda: opened(rows()))
     flops = 3 * stage.rows * sum(prefill_flops(cfg, stage.length).values())
-    return Phase(name, stage.steps, step, opened, stage.rows * stage.length, flops)
+    return Phase(name, stage.steps, step, train, stage.rows * stage.length, flops, evaluate,
+                 args.eval_every)
 
 
-def datasets_of(args: argparse.Namespace, vocab: int) -> dict:
+def evaluation(loss, opened):
+    """state -> the mean loss over EVAL_STEPS batches, by weight."""
+
+    def evaluate(state) -> dict:
+        batches, total, weight = opened(), 0.0, 0.0
+        for _ in range(EVAL_STEPS):
+            mean, (metrics, _) = loss(state.params, next(batches))
+            total, weight = total + float(mean * metrics["weight"]), weight + metrics["weight"]
+        return {"loss": total / weight}
+
+    return evaluate
+
+
+def datasets_of(data: str, tokenizer: str | None, vocab: int) -> dict:
     """By name, text tokenized where it is not yet; UserError: the model has too few tokens."""
     from kimijax.data.dataset import dataset_of
 
-    datasets = {name: dataset_of([name], args.tokenizer) for name in weights_of(args.data)}
+    datasets = {name: dataset_of([name], tokenizer) for name in weights_of(data)}
     for name, dataset in datasets.items():
         if dataset.vocab > vocab:
             raise UserError(f"{name}: has a vocabulary of {dataset.vocab:,}, the model one of "
@@ -182,18 +179,18 @@ def datasets_of(args: argparse.Namespace, vocab: int) -> dict:
     return datasets
 
 
-def mixed_rows(args: argparse.Namespace, stage: Stage, datasets: dict, cfg):
-    """Rows of all datasets by weight, through as many epochs as the phase needs."""
+def mixed_rows(data: str, stage: Stage, steps: int, seed: int, datasets: dict, cfg):
+    """Rows of all datasets by weight, through as many epochs as so many steps need."""
     from kimijax.cache import run_length
     from kimijax.data.rows import mixture, packed_rows
 
-    weights = weights_of(args.data)
-    needed = stage.steps * stage.rows * stage.length
+    weights = weights_of(data)
+    needed = steps * stage.rows * stage.length
     rows = {}
     for name, dataset in datasets.items():
         share = needed * weights[name] / sum(weights.values())
         epochs = int(share // max(int(dataset.lengths.sum()), 1)) + 2  # rows are not quite full
-        rows[name] = packed_rows(dataset, stage.length, args.seed, run_length(cfg), epochs)
+        rows[name] = packed_rows(dataset, stage.length, seed, run_length(cfg), epochs)
     return rows[name] if len(rows) == 1 else mixture(rows, weights)
 
 
@@ -209,41 +206,6 @@ def weights_of(text: str) -> dict[str, float]:
         if not found[name] > 0 or not name:
             raise UserError(f"--data: {part!r:.80} needs a path and a weight above 0")
     return found
-
-
-def learning_rate(stages: tuple[Stage, ...]):
-    """One schedule through all phases: a cosine from each one's rate to its final one."""
-    import optax
-
-    parts, ends, total = [], [], 0
-    for stage in stages:
-        if stage.warmup:
-            parts.append(optax.linear_schedule(0.0, stage.rate, stage.warmup))
-            ends.append(total + stage.warmup)
-        steps = stage.steps - stage.warmup
-        parts.append(optax.cosine_decay_schedule(stage.rate, steps, stage.final / stage.rate))
-        total += stage.steps
-        ends.append(total)
-    return optax.join_schedules(parts, ends[:-1])
-
-
-def stretched(cfg, stages: tuple[Stage, ...], stage: Stage):
-    """The model of a stage: YaRN on rotary positions, from the first stage's length, or none."""
-    from kimijax.config import YarnConfig
-    from kimijax.config_tree import override
-
-    changes = {}
-    for i, group in enumerate(cfg.groups):
-        for j, layer in enumerate(group.layers):
-            rope = getattr(layer.mixer, "rope", None)
-            if rope is None:
-                continue
-            yarn, original = None, stages[0].length
-            if stage.yarn is not None:
-                yarn = rope.yarn or YarnConfig(factor=stage.yarn, original=original)
-                yarn = replace(yarn, factor=stage.yarn, original=original)
-            changes[f"groups.{i}.layers.{j}.mixer.rope"] = replace(rope, yarn=yarn)
-    return override(cfg, changes)
 
 
 if __name__ == "__main__":
