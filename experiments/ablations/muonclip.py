@@ -14,7 +14,7 @@ from pathlib import Path
 from kimijax.sweep import Done, Plot, Settings, Sweep, main, product
 
 ROWS, STEPS = 32, 122  # of 256 tokens: one million
-RATES = {"adamw": (0.004, 0.008, 0.016, 0.032), "muonclip": (0.024, 0.048, 0.096, 0.192)}
+RATES = {"adamw": (0.004, 0.008, 0.016, 0.032), "muonclip": (0.012, 0.024, 0.048, 0.096)}
 SHARE = {"adamw": 1.0, "muonclip": 0.75}  # of STEPS
 ADAM_RATE = 0.008  # of embedding, head and norms beside Muon
 TAU = 100.0
