@@ -7,10 +7,10 @@ device's tokens n: the compiler reuses memory, so of the stages of a layer the l
     kept inputs          layers n d w                       training: layers are computed twice
     attention            n h (4 (k + p) w + 6 v 4)          queries, float32 Partials, moved copies
     feed-forward         3 n f w
-    experts              rows (2 d + 3 f) w + rows' d w     rows of tokens at experts here; rows'
-                                                            with their choices padded to 8 on a TPU
-    experts of a layer   3 e d f                            sliced out of the stack that is scanned
-    backward             three times the stage, float32 where weights gather
+    experts              rows (d + 3 f) w, or (2 rows +     rows of tokens at experts here, rows'
+                           rows') d w when they go back     with the choices of one padded to 8
+    a training's layer   twice the stage; its weights and   all float32: the compiler gathers before
+                           two thirds of their gradients    it casts, which doubles what is sent
 """
 
 import functools
@@ -19,6 +19,7 @@ import math
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.tree_util import DictKey, tree_flatten_with_path
 
 from kimijax.cache import LARGE
@@ -62,7 +63,7 @@ def bytes_per_device(job: Job, plan: Plan) -> dict[str, float]:
         found |= _training(job, params)
     if job.kind == "decode":
         found |= _cached(job, plan)
-    found |= _working(job, plan)
+    found |= _working(job, plan, params)
     return found | {"experts copied": copied_experts(params)[0]}
 
 
@@ -112,24 +113,45 @@ def moments(cfg: ModelConfig) -> tuple[int, ...]:
     return tuple(sum(k[-len(name):] == name for k in kept) for name in names)
 
 
-def _working(job: Job, plan: Plan) -> dict[str, float]:
+def _working(job: Job, plan: Plan, params) -> dict[str, float]:
     """Temporaries by part: of the stages of a layer, the largest."""
-    width = jnp.dtype(job.dtype).itemsize
-    d, layers = job.cfg.width, job.cfg.layers
-    n = tokens_of_device(job, plan)
-    train = job.kind == "train"
-    # A backward holds the stage, its cotangents and the float32 sums of the two.
-    times = 2 if train else 1
-    largest = max(max(stages(job, plan, layer)) for layer in set(layers))
-    found = {"activations": 2 * n * d * width + times * largest}
+    n, d, layers = tokens_of_device(job, plan), job.cfg.width, job.cfg.layers
+    width, train = jnp.dtype(job.dtype).itemsize, job.kind == "train"
+    # A backward holds the arrays of a stage and their cotangents.
+    passes = 2 if train else 1
+    largest = passes * max(max(stages(job, plan, layer)) for layer in set(layers))
+    found = {}
     if train:
+        found["gathered"] = _gathered(params)
         found["layer inputs"] = len(layers) * n * d * width
     if job.kind != "decode" and plan.ways > 1:
         found["ring buffers"] = max(_ring(layer, n, width, train) for layer in set(layers))
-    pieces = min(n, TOKENS) if train else job.batch
-    tensor = plan.mesh.shape["tensor"]
-    found["logits"] = pieces * job.cfg.vocab / tensor * 4 * (2 if train else 1)
+    logits = (min(n, TOKENS) if train else job.batch) * job.cfg.vocab / plan.mesh.shape["tensor"]
+    found["logits"] = passes * 4 * logits
+    # They lie where a layer has worked.
+    found["activations"] = 2 * n * d * width + max(largest - found["logits"], 0)
     return found
+
+
+def _gathered(params) -> float:
+    """Weights of one layer that came whole from data and seq, float32, and gradients of them.
+
+    As many arrays as 3 matrices of an expert and 2 gradients that are on their way home.
+    """
+    layers: dict[tuple, float] = {}
+    for path, x in tree_flatten_with_path(params)[0]:
+        ways = dealt_ways(x)
+        if ways > 1 and len(path) > 2:
+            key = tuple(k.key for k in path[:3])  # params, group, layer
+            size = leaf_bytes(x) * ways / (x.shape[0] if x.ndim > 1 else 1)
+            layers[key] = layers.get(key, 0.0) + size
+    return 5 / 3 * max(layers.values(), default=0.0)
+
+
+def dealt_ways(x: jax.ShapeDtypeStruct) -> int:
+    """Devices of data and seq over which a weight is dealt: it is gathered from them."""
+    axes = [a for entry in x.sharding.spec if entry for a in np.atleast_1d(entry)]
+    return math.prod(x.sharding.mesh.shape[a] for a in axes if a in ("data", "seq"))
 
 
 def tokens_of_device(job: Job, plan: Plan) -> int:

@@ -6,7 +6,6 @@ are read, and the arrays of every stage written and read. Bytes of links are tho
 """
 
 import functools
-import math
 
 import flax.linen as nn
 import jax
@@ -25,6 +24,7 @@ from kimijax.planner.chips import Pod
 from kimijax.planner.job import Job
 from kimijax.planner.memory import (
     copied_experts,
+    dealt_ways,
     is_expert,
     leaf_bytes,
     moments,
@@ -200,10 +200,5 @@ def _exchanged(job: Job, plan: Plan, moe: MoEConfig, size: float) -> float:
 
 def _gathered(job: Job, plan: Plan) -> float:
     """Weights dealt over data and seq come whole in every pass, and their gradients go home."""
-    ways = plan.mesh.shape["data"] * plan.mesh.shape["seq"]
-    whole = sum(
-        math.prod(x.sharding.shard_shape(x.shape)) * (ways - 1)
-        for x in jax.tree.leaves(jobs.weights(job, plan))
-        if {"data", "seq"} & {a for axes in x.sharding.spec if axes for a in axes}
-    )
-    return float(whole) * (3 * jnp.dtype(job.dtype).itemsize + 4)
+    params = jax.tree.leaves(jobs.weights(job, plan))
+    return float(sum((NEEDED + AGAIN) * (dealt_ways(x) - 1) * leaf_bytes(x) for x in params))
