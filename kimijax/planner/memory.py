@@ -64,7 +64,7 @@ def bytes_per_device(job: Job, plan: Plan) -> dict[str, float]:
     if job.kind == "decode":
         found |= _cached(job, plan)
     found |= _working(job, plan, params)
-    return found | {"experts copied": copied_experts(params)[0]}
+    return found | {"experts copied": copied_experts(job, params)[0]}
 
 
 def is_expert(path, x) -> bool:
@@ -72,11 +72,14 @@ def is_expert(path, x) -> bool:
     return path[-2].key == "ffn" and x.ndim == 4
 
 
-def copied_experts(params) -> tuple[float, float]:
-    """Bytes (at one time, in a pass) of expert matrices copied out of their stack.
+def copied_experts(job: Job, params) -> tuple[float, float]:
+    """Bytes (at one time, in a pass) of expert matrices that are copied out of their stack.
 
-    A scan over layers hands `grouped_matmul` a slice, which is a copy: one matrix after the other.
+    Behind a cache none is. Elsewhere a scan over layers hands `grouped_matmul` a slice, which is a
+    copy: one matrix after the other.
     """
+    if job.kind == "decode":
+        return 0.0, 0.0
     found = [(leaf_bytes(x), x.shape[0]) for p, x in tree_flatten_with_path(params)[0]
              if is_expert(p, x)]
     return max((size / n for size, n in found), default=0.0), float(sum(s for s, _ in found))

@@ -54,16 +54,22 @@ def best(
     job: Job, pod: Pod, mesh: dict[str, int] | None = None, strategy: str | None = None
 ) -> Estimate:
     """The fastest that fits, of `mesh` or of all; UserError: none does, with what is too large."""
-    if mesh is not None and math.prod(mesh.values()) != pod.devices:
-        raise UserError(
-            f"mesh {named(mesh)} has {math.prod(mesh.values())} devices, {pod.topology} has "
-            f"{pod.devices}; choose axes whose product is {pod.devices}"
-        )
+    if mesh is not None:
+        check_product(mesh, pod)
     found = candidates(job, pod, meshes(job, pod) if mesh is None else [mesh], strategy)
     fitting = [e for e in found if e.fits]
     if not fitting:
         raise UserError(too_large(min(found, key=lambda e: e.bytes)))
     return min(fitting, key=lambda e: (e.time, e.bytes))
+
+
+def check_product(mesh: dict[str, int], pod: Pod) -> None:
+    """UserError: the mesh is not all of the pod."""
+    if (product := math.prod(mesh.values())) != pod.devices:
+        raise UserError(
+            f"mesh {named(mesh)} has {product} devices, {pod.topology} has {pod.devices}; choose "
+            f"axes whose product is {pod.devices}"
+        )
 
 
 def too_large(e: Estimate) -> str:

@@ -123,16 +123,15 @@ def strategy_of(job: Job, plan: Plan, pod: Pod) -> str:
 def hbm_bytes(job: Job, plan: Plan) -> dict[str, float]:
     """That a device reads and writes in the call or step."""
     params = jobs.weights(job, plan)
-    copied = 3 * copied_experts(params)[1]  # read, written, and read by the kernel
     passes = NEEDED + AGAIN - 1 if job.kind == "train" else 1
     rows = tokens_of_device(job, plan)
-    dense = 0.0
+    dense, routed = 0.0, _experts_read(job, plan, params)
     for path, x in tree_flatten_with_path(params)[0]:
         if path[-1].key == "embed":
             dense += rows * job.cfg.width * x.dtype.itemsize
         elif not is_expert(path, x):
             dense += leaf_bytes(x)
-    found = {"weights": passes * dense, "experts": passes * copied}
+    found = {"weights": passes * dense, "experts": passes * routed}
     if job.kind == "decode":
         cache = jobs.cache(job, plan)
         return found | {"cache": float(sum(map(leaf_bytes, jax.tree.leaves(cache))))}
@@ -145,6 +144,23 @@ def hbm_bytes(job: Job, plan: Plan) -> dict[str, float]:
         )
         found["optimizer"] = 2.0 * state
     return found
+
+
+def _experts_read(job: Job, plan: Plan, params) -> float:
+    """Bytes of experts in a pass: read as they lie, or copied first.
+
+    A token asks some experts alone: with even routing the mean, and one on the busiest device.
+    """
+    moe = {layer.ffn for layer in job.cfg.layers if isinstance(layer.ffn, MoEConfig)}
+    held = sum(leaf_bytes(x) for p, x in tree_flatten_with_path(params)[0] if is_expert(p, x))
+    if not moe:
+        return 0.0
+    m, rows = next(iter(moe)), tokens_of_device(job, plan)
+    if job.kind != "decode":
+        rows = rows * plan.mesh.shape["expert"]
+    asked = 1 - (1 - m.top_k / m.experts) ** rows
+    asked = max(asked, plan.mesh.shape["expert"] / m.experts)
+    return asked * held + 2 * copied_experts(job, params)[1]
 
 
 def link_bytes(job: Job, plan: Plan) -> dict[str, float]:
