@@ -7,7 +7,7 @@ device's tokens n: the compiler reuses memory, so of the stages of a layer the l
     kept inputs          layers n d w                       training: layers are computed twice
     attention            n h (4 (k + p) w + 6 v 4)          queries, float32 Partials, moved copies
     feed-forward         3 n f w
-    experts              rows (d + 3 f) w, or (2 rows +     rows of tokens at experts here, rows'
+    experts              rows (d + 2 f) w, or (2 rows +     rows of tokens at experts here, rows'
                            rows') d w when they go back     with the choices of one padded to 8
     a training's layer   twice the stage; its weights and   all float32: the compiler gathers before
                            two thirds of their gradients    it casts, which doubles what is sent
@@ -193,7 +193,7 @@ def _experts(job: Job, plan: Plan, moe: MoEConfig, n: int, width: int) -> float:
     tokens, choices = at_experts(job, plan, moe, n)
     rows, d = tokens * choices, job.cfg.width
     padded = tokens * -(-choices // SUBLANES) * SUBLANES
-    inside = rows * (d + 3 * moe.width / plan.mesh.shape["tensor"])
+    inside = rows * (d + 2 * moe.width / plan.mesh.shape["tensor"])
     back = (2 * rows + padded) * d
     return (max(inside, back) + 2 * tokens * d) * width
 

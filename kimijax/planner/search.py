@@ -121,8 +121,8 @@ def _largest(fitting: Callable[[int], list], keep: Callable[[list], None]) -> in
     while context < MAX_POSITION and (found := fitting(2 * context)):
         keep(found)
         context *= 2
-    step = context // 2
-    while step >= context // FINE and context < MAX_POSITION:
+    step, finest = context // 2, context // FINE
+    while step >= finest and context < MAX_POSITION:
         if context + step <= MAX_POSITION and (found := fitting(context + step)):
             keep(found)
             context += step
