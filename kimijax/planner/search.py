@@ -15,6 +15,7 @@ from kimijax.planner.job import Job
 
 LEAST = 1024  # tokens of the shortest context that is looked for
 FINE = 16  # a context is found to one part in so many
+SAME = 1.05  # times of meshes that count as equal
 MOST_TENSOR = 8  # heads are dealt over no more devices
 
 
@@ -53,14 +54,18 @@ def candidates(
 def best(
     job: Job, pod: Pod, mesh: dict[str, int] | None = None, strategy: str | None = None
 ) -> Estimate:
-    """The fastest that fits, of `mesh` or of all; UserError: none does, with what is too large."""
+    """The fastest that fits, of `mesh` or of all; UserError: none does, with what is too large.
+
+    Times are bounds: of meshes as fast but for `SAME`, the one that needs least memory.
+    """
     if mesh is not None:
         check_product(mesh, pod)
     found = candidates(job, pod, meshes(job, pod) if mesh is None else [mesh], strategy)
     fitting = [e for e in found if e.fits]
     if not fitting:
         raise UserError(too_large(min(found, key=lambda e: e.bytes)))
-    return min(fitting, key=lambda e: (e.time, e.bytes))
+    fastest = min(e.time for e in fitting)
+    return min((e for e in fitting if e.time <= SAME * fastest), key=lambda e: (e.bytes, e.time))
 
 
 def check_product(mesh: dict[str, int], pod: Pod) -> None:

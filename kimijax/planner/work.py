@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jax.tree_util import tree_flatten_with_path
 
 from kimijax.config import KDAConfig, LayerConfig, MLAConfig, ModelConfig, MoEConfig, WindowConfig
+from kimijax.errors import UserError
 from kimijax.metrics import decode_flops, prefill_flops
 from kimijax.optim.matrices import matrices_of
 from kimijax.optim.muon import STEPS
@@ -151,11 +152,11 @@ def _experts_read(job: Job, plan: Plan, params) -> float:
 
     A token asks some experts alone: with even routing the mean, and one on the busiest device.
     """
-    moe = {layer.ffn for layer in job.cfg.layers if isinstance(layer.ffn, MoEConfig)}
+    moe = [layer.ffn for layer in job.cfg.layers if isinstance(layer.ffn, MoEConfig)]
     held = sum(leaf_bytes(x) for p, x in tree_flatten_with_path(params)[0] if is_expert(p, x))
     if not moe:
         return 0.0
-    m, rows = next(iter(moe)), tokens_of_device(job, plan)
+    m, rows = moe[0], tokens_of_device(job, plan)
     if job.kind != "decode":
         rows = rows * plan.mesh.shape["expert"]
     asked = 1 - (1 - m.top_k / m.experts) ** rows
@@ -192,7 +193,7 @@ def layer_links(job: Job, plan: Plan, layer: LayerConfig) -> dict[str, float]:
         case MLAConfig(heads=h, v_dim=v) if job.kind == "decode":
             found["partials"] = all_reduce(n * h / tensor * (v + 1) * 4, ways)
         case MLAConfig() as mla if ways > 1:
-            once = sent(attention_of(job, plan, mla))[plan.strategy] * rows
+            once = _sent(job, plan, mla) * rows
             found["ring"] = once * (2 + 1 + RING_FLOATS if train else 1)
         case WindowConfig(window=None, kv_heads=g, head_dim=k) if ways > 1:
             found["ring"] = (ways - 1) * n * (2 * g * k * width + 8) * (5 if train else 1)
@@ -202,6 +203,19 @@ def layer_links(job: Job, plan: Plan, layer: LayerConfig) -> dict[str, float]:
     if isinstance(layer.ffn, MoEConfig):
         found["experts"] = times * _exchanged(job, plan, layer.ffn, n * job.cfg.width * width)
     return found
+
+
+def _sent(job: Job, plan: Plan, mla: MLAConfig) -> float:
+    """Of a row, forward. UserError: its heads or the devices cannot be dealt so."""
+    known = sent(attention_of(job, plan, mla))
+    group = f"hybrid:{plan.mesh.shape['expert']}"
+    name = {"ring_dma": "ring", "hybrid": group}.get(plan.strategy, plan.strategy)
+    if name not in known:
+        raise UserError(
+            f"strategy {plan.strategy} cannot deal {mla.heads} heads over {plan.ways} devices; "
+            f"choose one of {', '.join(known)}"
+        )
+    return known[name]
 
 
 def _exchanged(job: Job, plan: Plan, moe: MoEConfig, size: float) -> float:
