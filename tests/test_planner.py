@@ -158,6 +158,17 @@ def test_a_ring_sends_what_its_strategy_costs():
     assert sum(each) == e.links["ring"]
 
 
+def test_devices_that_share_heads_project_fewer_latents_again():
+    job, pod = Job(presets.kimi_k2(), "prefill", 2**21), pod_of("v5p:8x8x8")
+    alone, shared = (
+        estimate(job, pod, {"seq": 8, "expert": 64}, name).flops for name in ("ring", "hybrid:32")
+    )
+    again = 61 * 2.0 * 2**21 * 64 * 512 * 256  # of one device that projects every latent
+    needed = 2**21 * sum(work.flops_per_token(job).values()) / 512
+    assert alone == pytest.approx(needed + again * 511 / 512)
+    assert shared == pytest.approx(needed + again * (1 / 32 - 1 / 512))
+
+
 def test_costs_are_chips_times_seconds():
     job, pod = Job(presets.kimi_linear_48b(), "decode", 2**20, batch=16), pod_of("v5e:4x4")
     e = estimate(job, pod, {"data": 2, "seq": 1, "expert": 8})
@@ -165,6 +176,9 @@ def test_costs_are_chips_times_seconds():
     assert joules == pytest.approx(16 * e.time * 100 / 16)
     assert dollars == pytest.approx(1e6 * 16 * e.time / 16 * 3.6 / 3600)
     assert e.time == max(e.seconds.values()) == e.seconds[e.bound]
+    assert e.seconds["matmul"] == e.flops / 197e12
+    assert e.seconds["hbm"] == sum(e.hbm.values()) / 819e9
+    assert e.seconds["links"] == pytest.approx(sum(e.links.values()) / 200e9)
 
 
 @pytest.fixture

@@ -17,7 +17,7 @@ from kimijax.errors import UserError
 from kimijax.metrics import decode_flops, prefill_flops
 from kimijax.optim.matrices import matrices_of
 from kimijax.optim.muon import STEPS
-from kimijax.parallel.cost import DEVICES, Work, choose, sent
+from kimijax.parallel.cost import DEVICES, Work, choose, groups, sent
 from kimijax.parallel.exchange import cheaper
 from kimijax.parallel.plan import Plan
 from kimijax.planner import job as jobs
@@ -91,14 +91,14 @@ def device_flops(job: Job, plan: Plan) -> float:
 
 
 def _projected(job: Job, plan: Plan) -> float:
-    """FLOPs of latents that others have projected too."""
+    """FLOPs of latents that others have projected too; those that share heads divide them."""
     times = NEEDED + AGAIN if job.kind == "train" else 1
     total = 0.0
     for layer in job.cfg.layers:
         if isinstance(layer.mixer, MLAConfig):
             w = attention_of(job, plan, layer.mixer)
             once = 2.0 * w.tokens * w.heads * w.latent * (w.key + w.value)
-            total += once * (1 - 1 / w.ways)
+            total += once * (1 / groups(w).get(plan.strategy, 1) - 1 / w.ways)
     return times * total * job.batch / plan.mesh.shape["data"]
 
 
