@@ -54,8 +54,6 @@ def plan(tmp_path):
     [
         ("prefill", 32_768, "seq=2,expert=2", "bf16"),
         pytest.param("decode", 4_194_304, "seq=2,expert=2", "int4", marks=pytest.mark.slow),
-        pytest.param("train", 65_536, "seq=2,expert=2", "bf16", marks=pytest.mark.slow),
-        pytest.param("prefill", 32_768, "seq=4", "int4", marks=pytest.mark.slow),
     ],
 )
 def test_the_closed_form_is_near_what_is_proven(plan, job, context, mesh, weights):
