@@ -17,9 +17,9 @@ import argparse
 import functools
 import os
 
-from experiments import hlo
 from kimijax.cli import run_module
 from kimijax.errors import UserError
+from kimijax.planner import hlo
 
 # Read once, when jax and libtpu are loaded.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")

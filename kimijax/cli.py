@@ -22,6 +22,8 @@ COMMANDS = (
     ("convert", "Hugging Face weights to an orbax checkpoint, or back", "kimijax.commands.convert"),
     ("tokenize", "text, JSONL and Parquet files made a dataset to train on",
      "kimijax.commands.tokenize"),
+    ("plan", "what a model needs on a pod of TPUs, in closed form or by their compiler",
+     "kimijax.commands.plan"),
     ("needle", "hide needles in up to millions of tokens and ask for them",
      "kimijax.evals.needle_cli"),
 )

@@ -41,6 +41,22 @@ def prefill_flops(cfg: ModelConfig, n: int, exact: bool = False) -> dict[str, fl
     return total
 
 
+def decode_flops(cfg: ModelConfig, n: int) -> dict[str, float]:
+    """FLOPs of one more token behind a cache of n, by the parts of `prefill_flops`.
+
+    What a token adds to a prefill, but latents are attended to as they lie (absorbed): MLA
+    multiplies 2 r + p numbers a pair and not n + p + v.
+    """
+    step = run_length(cfg)  # groups of queries share a choice: the mean over one
+    more, less = prefill_flops(cfg, n + step), prefill_flops(cfg, n)
+    total = {part: (more[part] - less[part]) / step for part in more}
+    for layer in cfg.layers:
+        match layer.mixer:
+            case MLAConfig(heads=h, kv_rank=r, nope_dim=k, v_dim=v) as a:
+                total["attention"] += 2.0 * min(a.window or n, n) * h * (2 * r - k - v)
+    return total
+
+
 def _layer_macs(cfg: ModelConfig, layer: LayerConfig, n: int, exact: bool) -> dict[str, float]:
     d = cfg.width
     match layer.ffn:

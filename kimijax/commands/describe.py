@@ -33,6 +33,7 @@ def main(args: argparse.Namespace) -> int:
 
 def config_of(name: str) -> "ModelConfig":
     """The config of a preset or a checkpoint directory; UserError: it is neither."""
+    import difflib
     from pathlib import Path
 
     from kimijax.convert.load import read_config
@@ -43,8 +44,10 @@ def config_of(name: str) -> "ModelConfig":
         return PRESETS[name]()
     if Path(name).is_dir():
         return read_config(Path(name))
+    near = difflib.get_close_matches(name, PRESETS, 1)
+    hint = f"did you mean {near[0]}? There" if near else "there"
     raise UserError(
-        f"{name!r:.200} is neither a directory nor a preset: there are {', '.join(PRESETS)}"
+        f"{name!r:.200} is neither a directory nor a preset: {hint} are {', '.join(PRESETS)}"
     )
 
 

@@ -47,17 +47,18 @@ class Rates(NamedTuple):
     link: float  # bytes/s of one link in one direction, which is what a ring uses
 
 
-# Peak bfloat16 and the published bandwidth of a chip over its 4, 6 and 4 links; a CPU roughly, with
-# its cores and its memory shared by the devices made of it.
+# Peak bfloat16 and the published bandwidth of a chip over its 4, 6, 4 and 6 links; of
+# tpu7x a device is half a chip. A CPU roughly: the devices made of it share cores and memory.
 DEVICES = {
     "v5e": Rates(197e12, 1600e9 / 8 / 4),
     "v5p": Rates(459e12, 4800e9 / 8 / 6),
     "v6e": Rates(918e12, 3584e9 / 8 / 4),
+    "tpu7x": Rates(2307e12 / 2, 9600e9 / 8 / 2 / 6),  # both directions are published
     "cpu": Rates(1e10, 5e8),
 }
 KINDS = {
     "TPU v5 lite": "v5e", "TPU v5e": "v5e", "TPU v5": "v5p", "TPU v5p": "v5p",
-    "TPU v6 lite": "v6e", "TPU v6e": "v6e", "cpu": "cpu",
+    "TPU v6 lite": "v6e", "TPU v6e": "v6e", "TPU7x": "tpu7x", "cpu": "cpu",
 }
 
 

@@ -52,13 +52,18 @@ def fresh(params, optimizer: optax.GradientTransformation) -> TrainState:
     )
 
 
+def init_shapes(model: Model, optimizer: optax.GradientTransformation) -> TrainState:
+    """Shapes and dtypes of a fresh state; nothing is allocated."""
+    return jax.eval_shape(functools.partial(_init, model, optimizer), np.uint32(0))
+
+
 def state_shardings(
     model: Model, optimizer: optax.GradientTransformation, plan: Plan
 ) -> TrainState:
     """Where a plan puts each array of a state: what an optimizer keeps of a weight, with it."""
     params = plan.shardings(model.cfg)
     whole = NamedSharding(plan.mesh, PartitionSpec())
-    shapes = jax.eval_shape(functools.partial(_init, model, optimizer), np.uint32(0))
+    shapes = init_shapes(model, optimizer)
     keys = lambda path: tuple(k.key for k in path if isinstance(k, DictKey))  # noqa: E731
     known = {
         (keys(path), leaf.shape): sharding

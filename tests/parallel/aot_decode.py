@@ -6,10 +6,10 @@ A process of its own: flags that tests set for a CPU would reach the compiler to
 import dataclasses
 import json
 
-from experiments.k2_proof import decoding
 from kimijax import presets
 from kimijax.parallel.mesh import topology_mesh
-from kimijax.parallel.plan import Plan
+from kimijax.planner.job import Job, layout
+from kimijax.planner.programs import lower
 
 TOKENS = {"dense": 131_072, "experts": 4096}  # a chip
 
@@ -20,8 +20,9 @@ def main() -> None:
         cfg = presets.kimi_k2()
         layers = dataclasses.replace(cfg.groups[group], repeat=repeat)
         cfg = dataclasses.replace(cfg, vocab=1024, groups=(layers,))
-        plan = Plan(topology_mesh("v5p:2x2x1", {"seq": 2, "expert": 2}))
-        memory = decoding(cfg, plan, 4 * TOKENS[kind]).compile().memory_analysis()
+        job = Job(cfg, "decode", 4 * TOKENS[kind])
+        plan = layout(job, topology_mesh("v5p:2x2x1", {"seq": 2, "expert": 2}))
+        memory = lower(job, plan).compile().memory_analysis()
         print(json.dumps({
             "cache": memory.alias_size_in_bytes, "temp": memory.temp_size_in_bytes,
             "weights": memory.argument_size_in_bytes - memory.alias_size_in_bytes,

@@ -2,8 +2,8 @@
 
 import pytest
 
-from experiments import hlo
 from experiments.ring_proof import BOTH, FORWARD, saved
+from kimijax.planner import hlo
 
 
 def test_latents_and_positions_travel_once_a_hop():

@@ -1,0 +1,234 @@
+"""What a call or a step of a job computes and moves, on one device, in closed form.
+
+FLOPs are those that are needed (kimijax.metrics) and, apart, those done again: layers in training,
+latents that every device of a ring projects for itself. Bytes of HBM are weights and caches that
+are read, and the arrays of every stage written and read. Bytes of links are those that are sent.
+"""
+
+import functools
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax.tree_util import tree_flatten_with_path
+
+from kimijax.config import KDAConfig, LayerConfig, MLAConfig, ModelConfig, MoEConfig, WindowConfig
+from kimijax.errors import UserError
+from kimijax.metrics import decode_flops, prefill_flops
+from kimijax.optim.matrices import matrices_of
+from kimijax.optim.muon import STEPS
+from kimijax.parallel.cost import DEVICES, Work, choose, groups, sent
+from kimijax.parallel.exchange import cheaper
+from kimijax.parallel.plan import Plan
+from kimijax.planner import job as jobs
+from kimijax.planner.chips import Pod
+from kimijax.planner.job import Job
+from kimijax.planner.memory import (
+    copied_experts,
+    dealt_ways,
+    is_expert,
+    leaf_bytes,
+    moments,
+    stages,
+    tokens_of_device,
+)
+
+# Of forwards in a step: the forward, the same again, and gradients of inputs and of weights.
+NEEDED, AGAIN = 3, 1
+# What a ring sends forward: there, there again, and with the backward latents and their float32
+# gradients.
+RING_FLOATS = 2  # float32 numbers over those of the activations' two bytes
+
+
+def flops_per_token(job: Job) -> dict[str, float]:
+    """By part, of all devices together."""
+    needed = _needed(job.cfg, job.kind, job.context)
+    if job.kind != "train":
+        return needed
+    found = {part: NEEDED * x for part, x in needed.items()}
+    again = AGAIN * sum(needed.values())
+    return found | {"again": again, "optimizer": _newton_schulz(job.cfg) / job.tokens}
+
+
+@functools.lru_cache(maxsize=64)
+def _needed(cfg: ModelConfig, kind: str, n: int) -> dict[str, float]:
+    if kind == "decode":
+        return decode_flops(cfg, n)
+    return {part: x / n for part, x in prefill_flops(cfg, n).items()}
+
+
+@functools.lru_cache(maxsize=16)
+def _newton_schulz(cfg: ModelConfig) -> float:
+    """FLOPs of Muon's products in a step: of r x c matrices 4 r^2 c + 2 r^3, five times."""
+    names = jax.tree.leaves(
+        nn.get_partition_spec(jobs.boxed(cfg)), is_leaf=lambda x: isinstance(x, tuple)
+    )
+    shapes = jax.tree.leaves(nn.unbox(jobs.boxed(cfg)))
+    total = 0.0
+    for name, x, kept in zip(names, shapes, moments(cfg), strict=True):
+        if kept == 1:
+            n, rows, columns = matrices_of(tuple(name)).sizes(x.shape)
+            r, c = min(rows, columns), max(rows, columns)
+            total += n * STEPS * (4.0 * r * r * c + 2.0 * r**3)
+    return total
+
+
+def device_flops(job: Job, plan: Plan) -> float:
+    """Of the call or step on one device, latents projected again included."""
+    each = flops_per_token(job)
+    devices = plan.mesh.size
+    if job.kind != "decode":
+        return job.tokens * sum(each.values()) / devices + _projected(job, plan)
+    # Every device of a row has its tokens: attention and routed experts alone are dealt out.
+    rows, tensor = tokens_of_device(job, plan), plan.mesh.shape["tensor"]
+    routed = sum(
+        6.0 * job.cfg.width * f.top_k * f.width
+        for f in (layer.ffn for layer in job.cfg.layers) if isinstance(f, MoEConfig)
+    )
+    dealt = each["attention"] / plan.ways + routed / plan.mesh.shape["expert"]
+    whole = sum(each.values()) - each["attention"] - routed
+    return rows * (dealt + whole) / tensor
+
+
+def _projected(job: Job, plan: Plan) -> float:
+    """FLOPs of latents that others have projected too; those that share heads divide them."""
+    times = NEEDED + AGAIN if job.kind == "train" else 1
+    total = 0.0
+    for layer in job.cfg.layers:
+        if isinstance(layer.mixer, MLAConfig):
+            w = attention_of(job, plan, layer.mixer)
+            once = 2.0 * w.tokens * w.heads * w.latent * (w.key + w.value)
+            total += once * (1 / groups(w).get(plan.strategy, 1) - 1 / w.ways)
+    return times * total * job.batch / plan.mesh.shape["data"]
+
+
+def attention_of(job: Job, plan: Plan, mla: MLAConfig) -> Work:
+    """Of a row of a layer, for the cost of a strategy; zigzag gives all devices the same."""
+    return Work(
+        jobs.row(job, plan)[0], plan.ways, mla.heads // plan.mesh.shape["tensor"], mla.nope_dim,
+        mla.rope_dim, mla.v_dim, mla.kv_rank, jnp.dtype(job.dtype).itemsize,
+    )
+
+
+def strategy_of(job: Job, plan: Plan, pod: Pod) -> str:
+    """The cheapest for the largest attention of the model; ring where nothing else can be."""
+    mixers = {layer.mixer for layer in job.cfg.layers}
+    plain = any(isinstance(m, WindowConfig) and m.window is None for m in mixers)
+    mla = [m for m in mixers if isinstance(m, MLAConfig)]
+    if job.kind == "decode" or plan.ways == 1 or plain or not mla:
+        return "ring"
+    largest = max(mla, key=lambda m: m.heads)
+    return choose(attention_of(job, plan, largest), DEVICES[pod.name])[0]
+
+
+def hbm_bytes(job: Job, plan: Plan) -> dict[str, float]:
+    """That a device reads and writes in the call or step."""
+    params = jobs.weights(job, plan)
+    passes = NEEDED + AGAIN - 1 if job.kind == "train" else 1
+    rows = tokens_of_device(job, plan)
+    dense, routed = 0.0, _experts_read(job, plan, params)
+    for path, x in tree_flatten_with_path(params)[0]:
+        if path[-1].key == "embed":
+            dense += rows * job.cfg.width * x.dtype.itemsize
+        elif not is_expert(path, x):
+            dense += leaf_bytes(x)
+    found = {"weights": passes * dense, "experts": passes * routed}
+    if job.kind == "decode":
+        cache = jobs.cache(job, plan)
+        return found | {"cache": float(sum(map(leaf_bytes, jax.tree.leaves(cache))))}
+    arrays = sum(sum(stages(job, plan, layer)) for layer in job.cfg.layers)
+    found["arrays"] = 2.0 * passes * arrays
+    if job.kind == "train":
+        state = sum(
+            (2 + n) * leaf_bytes(x)
+            for n, x in zip(moments(job.cfg), jax.tree.leaves(params), strict=True)
+        )
+        found["optimizer"] = 2.0 * state
+    return found
+
+
+def _experts_read(job: Job, plan: Plan, params) -> float:
+    """Bytes of experts in a pass: read as they lie, or copied first.
+
+    A token asks some experts alone: with even routing the mean, and one on the busiest device.
+    """
+    moe = [layer.ffn for layer in job.cfg.layers if isinstance(layer.ffn, MoEConfig)]
+    held = sum(leaf_bytes(x) for p, x in tree_flatten_with_path(params)[0] if is_expert(p, x))
+    if not moe:
+        return 0.0
+    m, rows = moe[0], tokens_of_device(job, plan)
+    if job.kind != "decode":
+        rows = rows * plan.mesh.shape["expert"]
+    asked = 1 - (1 - m.top_k / m.experts) ** rows
+    asked = max(asked, plan.mesh.shape["expert"] / m.experts)
+    return asked * held + 2 * copied_experts(job, params)[1]
+
+
+def link_bytes(job: Job, plan: Plan) -> dict[str, float]:
+    """That a device sends in the call or step: "ring" over one link, the rest over all."""
+    total: dict[str, float] = {}
+    for layer in job.cfg.layers:
+        for part, x in layer_links(job, plan, layer).items():
+            total[part] = total.get(part, 0.0) + x
+    if job.kind == "train":
+        total["weights"] = _gathered(job, plan)
+    if job.kind == "decode":
+        # Positions and segments lie whole on every device, and are summed over those of a row.
+        cache = jobs.cache(job, plan)
+        where = leaf_bytes(cache.pos) + leaf_bytes(cache.seg)
+        total["positions"] = 2.0 * where * (1 - 1 / plan.ways)
+    return {part: x for part, x in total.items() if x}
+
+
+def layer_links(job: Job, plan: Plan, layer: LayerConfig) -> dict[str, float]:
+    """Of one layer, all passes."""
+    n, width = tokens_of_device(job, plan), jnp.dtype(job.dtype).itemsize
+    ways, tensor = plan.ways, plan.mesh.shape["tensor"]
+    train = job.kind == "train"
+    times = NEEDED + AGAIN if train else 1
+    all_reduce = lambda size, among: 2.0 * size * (1 - 1 / among)  # noqa: E731
+    found = {"tensor": times * 2 * all_reduce(n * job.cfg.width * width, tensor)}
+    rows = n / max(jobs.row(job, plan)[0] // ways, 1) if job.kind != "decode" else n
+    match layer.mixer:
+        case MLAConfig(heads=h, v_dim=v) if job.kind == "decode":
+            found["partials"] = all_reduce(n * h / tensor * (v + 1) * 4, ways)
+        case MLAConfig() as mla if ways > 1:
+            once = _sent(job, plan, mla) * rows
+            found["ring"] = once * (2 + 1 + RING_FLOATS if train else 1)
+        case WindowConfig(window=None, kv_heads=g, head_dim=k) if ways > 1:
+            found["ring"] = (ways - 1) * n * (2 * g * k * width + 8) * (5 if train else 1)
+        case KDAConfig(heads=h, head_dim=k) if ways > 1 and job.kind != "decode":
+            runs = jobs.row(job, plan)[1]
+            found["state"] = times * rows * (ways - 1) / ways * runs * h / tensor * 2 * k * k * 4
+    if isinstance(layer.ffn, MoEConfig):
+        found["experts"] = times * _exchanged(job, plan, layer.ffn, n * job.cfg.width * width)
+    return found
+
+
+def _sent(job: Job, plan: Plan, mla: MLAConfig) -> float:
+    """Of a row, forward. UserError: its heads or the devices cannot be dealt so."""
+    known = sent(attention_of(job, plan, mla))
+    group = f"hybrid:{plan.mesh.shape['expert']}"
+    name = {"ring_dma": "ring", "hybrid": group}.get(plan.strategy, plan.strategy)
+    if name not in known:
+        raise UserError(
+            f"strategy {plan.strategy} cannot deal {mla.heads} heads over {plan.ways} devices; "
+            f"choose one of {', '.join(known)}"
+        )
+    return known[name]
+
+
+def _exchanged(job: Job, plan: Plan, moe: MoEConfig, size: float) -> float:
+    """Of tokens of `size` bytes to their experts and back (parallel/exchange.py)."""
+    ways = plan.mesh.shape["expert"]
+    if job.kind == "decode":
+        return 2.0 * size * (1 - 1 / ways)
+    if cheaper(ways, moe.top_k) == "gather":
+        return 2.0 * (ways - 1) * size
+    return 2.0 * (ways - 1) * (1 - (1 - 1 / ways) ** moe.top_k) * size
+
+
+def _gathered(job: Job, plan: Plan) -> float:
+    """Weights dealt over data and seq come whole in every pass, and their gradients go home."""
+    params = jax.tree.leaves(jobs.weights(job, plan))
+    return float(sum((NEEDED + AGAIN) * (dealt_ways(x) - 1) * leaf_bytes(x) for x in params))

@@ -1,0 +1,77 @@
+"""Closed forms of the planner against the compiler of TPUs, for a model with K2's layers."""
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from kernels_pallas import aot
+from kimijax import presets
+from kimijax.config import ModelConfig
+from kimijax.config_tree import override, to_dict
+
+pytestmark = pytest.mark.skipif(aot.available() is not None, reason=str(aot.available()))
+PLAN = "from kimijax.cli import run; run()"
+
+
+def small_k2() -> ModelConfig:
+    """K2's layers at a seventh of its width: one dense and six with 32 experts."""
+    cfg = override(presets.kimi_k2(), {
+        "width": 1024, "vocab": 16_384, "groups.0.layers.0.ffn.width": 4096,
+        **{f"groups.{i}.layers.0.mixer.{name}": n for i in (0, 1)
+           for name, n in (("heads", 8), ("q_rank", 512))},
+        **{f"groups.1.layers.0.ffn.{name}": n
+           for name, n in (("experts", 32), ("width", 1024), ("shared_width", 1024))},
+    })
+    return dataclasses.replace(
+        cfg, groups=(cfg.groups[0], dataclasses.replace(cfg.groups[1], repeat=6))
+    )
+
+
+@pytest.fixture
+def plan(tmp_path):
+    """`kimijax plan --prove` of the small model: (exit code, what it wrote, its stderr)."""
+    (tmp_path / "config.json").write_text(json.dumps(to_dict(small_k2())))
+    # Flags that tests set for a CPU would reach the compiler too.
+    env = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"} | aot.environment()
+
+    def run(*args):
+        file = tmp_path / "plan.json"
+        command = [sys.executable, "-c", PLAN, "plan", "--model", str(tmp_path), "--prove"]
+        command += ["--json", str(file), *args]
+        done = subprocess.run(command, env=env, text=True, capture_output=True, timeout=300)
+        assert file.exists(), done.stderr[-500:]
+        return done.returncode, json.loads(file.read_text()), done.stderr
+
+    return run
+
+
+@pytest.mark.parametrize(
+    "job, context, mesh, weights",
+    [
+        ("prefill", 32_768, "seq=2,expert=2", "bf16"),
+        pytest.param("decode", 4_194_304, "seq=2,expert=2", "int4", marks=pytest.mark.slow),
+    ],
+)
+def test_the_closed_form_is_near_what_is_proven(plan, job, context, mesh, weights):
+    code, said, _ = plan("--job", job, "--context", str(context), "--topology", "v5p:2x2x1",
+                         "--mesh", mesh, "--weights", weights)
+    form, proven = said["closed_form"], said["proven"]
+    assert code == 0 and proven["fits"] and proven["compile_seconds"] > 0
+    assert form["bytes_per_chip"] == pytest.approx(proven["bytes_per_chip"], rel=0.1)
+    assert {c["kind"] for c in proven["collectives"]} >= (
+        {"all-reduce"} if job == "decode" else {"collective-permute"}
+    )
+
+
+def test_what_does_not_fit_names_its_buffers(plan):
+    code, said, errors = plan("--job", "prefill", "--context", "1048576", "--topology", "v5e:1x1",
+                              "--mesh", "seq=1", "--weights", "bf16")
+    proven = said["proven"]
+    assert code == 3 and not proven["fits"] and "RESOURCE_EXHAUSTED" in proven["refused"]
+    assert proven["bytes_per_chip"] > said["closed_form"]["memory_per_chip"]
+    assert proven["largest_buffers"][0]["bytes"] > 2**28
+    assert "Traceback" not in errors
