@@ -4,7 +4,7 @@ Ask     Final held-out loss of AdamW over 1.0 M tokens, and of MuonClip on 0.75 
         its own full schedule, its learning rate the best of four by one seed, then three seeds.
         Muon with Nesterov momentum; what it leaves to AdamW has a learning rate of its own.
 Run     python -m experiments.ablations.muonclip --out runs/muonclip --jobs 2
-Cost    12 runs of a 0.37 M-parameter byte model; 26 minutes with --jobs 2, other work running.
+Cost    12 runs of a 0.37 M-parameter byte model; 24 minutes with --jobs 2, other work running.
 Answer  As many as three quarters reach it: 2.116 +- 0.017 nats/byte (0.75 M tokens) against
         2.119 +- 0.033 (1.0 M tokens), mean and deviation of three seeds; commit 727db88.
 
