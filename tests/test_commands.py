@@ -62,6 +62,7 @@ def test_kernels_of_a_tpu_interpreted_give_the_same(kimijax, answers, tmp_path):
     np.testing.assert_array_equal(np.load(tmp_path / "tokens.npy")[:, -4:], want)
 
 
+@pytest.mark.slow
 def test_kernels_of_the_delta_rule_interpreted_give_the_same(kimijax, tmp_path):
     linear = GOLDENS / "kimi_linear_tiny"
     with np.load(linear / "io.npz") as held:

@@ -248,6 +248,7 @@ print((peak() - before) / sum(x.nbytes for x in jax.tree.leaves(model.params)))
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the peak is read from /proc")
 def test_no_leaf_is_held_twice(tmp_path):
     """Peak memory over that of the weights: the host's copy of one tensor, and the programs."""

@@ -75,7 +75,9 @@ def test_greedy_tokens_are_the_reference(name):
     np.testing.assert_array_equal(np.stack(tokens, 1), want["gen_tokens"])
 
 
-@pytest.mark.parametrize("name", ["k2_tiny", "kimi_linear_tiny"])
+@pytest.mark.parametrize(
+    "name", ["k2_tiny", pytest.param("kimi_linear_tiny", marks=pytest.mark.slow)]
+)
 def test_a_ragged_batch_is_every_prompt_alone(name):
     model, want = loaded(name)
     programs = decoder(model.cfg, local(), np.dtype(np.float32))

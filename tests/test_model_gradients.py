@@ -14,7 +14,6 @@ from kimijax.ops.attend import local
 from tests.conftest import CONFIGS, assert_close, model_and_params
 
 T = 256
-MODELS = ["needle", "kimi"]
 
 
 @pytest.fixture
@@ -82,7 +81,7 @@ def _documents(x):
     return x.reshape(4, 128, *x.shape[2:])[:, :DOCUMENT]
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", ["needle", pytest.param("kimi", marks=pytest.mark.slow)])
 def test_packed_is_separate_forward_and_gradient(name, ids):
     assert 128 % run_length(CONFIGS[name]()) == 0
     model, params = model_and_params(name)

@@ -62,6 +62,7 @@ def unmeasured(monkeypatch):
     monkeypatch.setattr(metrics, "matmul_peak", lambda: 1.0)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("unmeasured")
 def test_an_untrained_model_finds_nothing(monkeypatch, capsys, tmp_path, text):
     model = Model(presets.needle_2m(), local())

@@ -45,6 +45,7 @@ def _fit(made, out, stop_at=None, run=None):
     return fit(start(), [phase], out, run or {})
 
 
+@pytest.mark.slow  # test_loop.py has a smaller one
 def test_interrupted_and_resumed_is_uninterrupted(made, tmp_path):
     whole = _fit(made, tmp_path / "whole")
     with pytest.raises(Interrupted, match="after step 2 of 4"):

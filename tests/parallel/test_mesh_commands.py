@@ -56,7 +56,11 @@ def test_logits_are_those_of_one_device(name, rows, options, kimijax, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "name, rows, mesh", [(K2, 2, "seq=4,expert=2"), (LINEAR, 1, "data=2,seq=2,expert=2")]
+    "name, rows, mesh",
+    [
+        (K2, 2, "seq=4,expert=2"),
+        pytest.param(LINEAR, 1, "data=2,seq=2,expert=2", marks=pytest.mark.slow),
+    ],
 )
 def test_greedy_tokens_are_those_of_one_device(name, rows, mesh, kimijax, tmp_path):
     known = answers(name)

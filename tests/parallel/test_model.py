@@ -26,8 +26,8 @@ def _value_and_grad(model, order=lambda x: x):
     return jax.jit(jax.value_and_grad(loss, has_aux=True), static_argnums=2)
 
 
-@pytest.mark.parametrize("train", [pytest.param(False, marks=pytest.mark.slow), True],
-                         ids=["serving", "training"])
+@pytest.mark.slow  # make matrix has more layers in more ways
+@pytest.mark.parametrize("train", [False, True], ids=["serving", "training"])
 def test_forward_and_the_gradient_of_every_weight(train, ids):
     """Training deals weights over data and seq too, and computes layers a second time."""
     model, params = model_and_params("kimi")
@@ -44,6 +44,7 @@ def test_forward_and_the_gradient_of_every_weight(train, ids):
     assert ("data" in str(embed)) == train
 
 
+@pytest.mark.slow
 def test_masks_are_not_kept_for_every_layer(ids):
     """Positions are the same in all layers: jax would hoist all masks, which grow with S^2."""
     def temporaries(tokens):

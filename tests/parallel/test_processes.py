@@ -94,6 +94,7 @@ def test_a_killed_process_ends_the_job_and_is_named(job):
     assert "Traceback" not in said[0]
 
 
+@pytest.mark.slow
 def test_two_processes_of_a_command_write_the_file_of_one(tmp_path):
     known = answers("k2_tiny")
     np.save(tmp_path / "in.npy", known["gen_prompt"][:1])
