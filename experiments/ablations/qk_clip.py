@@ -3,7 +3,7 @@
 Ask     The largest attention logit of every step, with and without QK-Clip (tau = 10), by MuonClip
         and by AdamW, at learning rates where it grows. What a clip leaves on the same batch.
 Run     python -m experiments.ablations.qk_clip --out runs/qk_clip --jobs 2
-Cost    8 runs of 0.25 M tokens.
+Cost    10 runs of 0.25 M tokens.
 Answer  not measured yet.
 """
 
@@ -14,7 +14,7 @@ from kimijax.sweep import Done, Plot, Settings, Sweep, main, product
 
 TAU = 10.0
 STEPS = 61
-RATES = {"muon": (0.02, 0.08), "adamw": (0.01, 0.04)}
+RATES = {"muon": (0.02, 0.04, 0.08), "adamw": (0.01, 0.04)}
 
 
 def runs(done: Sequence[Done]) -> Iterator[Settings]:

@@ -32,7 +32,8 @@ def run(settings: Settings, out: Path) -> dict:
     from kimijax.train import read_log
 
     plan = plan_of(
-        argparse.Namespace(mesh=settings["mesh"], order=settings["order"]), train=True
+        argparse.Namespace(mesh=settings["mesh"], order=settings["order"], processes=None),
+        train=True,
     )
     cfg, how = model_of(), dict(seed=0, lr=RATE, steps=STEPS, tau=TAU)
     train(cfg, out / "one", muon, **how)
