@@ -10,7 +10,7 @@ Answer  not measured yet.
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from kimijax.sweep import Done, Plot, Settings, Sweep, main, product
+from kimijax.sweep import Done, Settings, Sweep, main, product
 
 TAU = 10.0
 STEPS = 61
@@ -90,4 +90,4 @@ def picture(logits: list[float], path: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Sweep(runs, run, (Plot(x="lr", y="max_logit", line="tau", log_y=True),)), __doc__)
+    main(Sweep(runs, run), __doc__)

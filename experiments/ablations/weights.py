@@ -3,8 +3,9 @@
 Ask     Held-out loss of the trained byte model, its matrices rounded: int8 (a scale per output),
         FP8 (blocks of 128 x 128) and INT4 (groups of 32 inputs), as released models are.
 Run     python -m experiments.ablations.weights --out runs/weights --jobs 2
-Cost    2 runs of 0.25 M tokens.
-Answer  not measured yet.
+Cost    2 runs of 0.25 M tokens; 78 s with --jobs 2.
+Answer  Next to nothing at this size: 2.439 nats/byte in float32, 2.439 int8, 2.440 FP8, 2.442 INT4
+        (mean of two seeds, which are 0.036 apart; commit 727db88).
 """
 
 from collections.abc import Iterator, Sequence
