@@ -3,8 +3,11 @@
 Ask     Held-out loss at 4 times the length of training: as it is, with a larger theta, and with
         YaRN; before and after 20 steps at that length.
 Run     python -m experiments.ablations.rope --out runs/rope --jobs 2
-Cost    6 runs of 0.33 M tokens.
-Answer  not measured yet.
+Cost    6 runs of 0.33 M tokens; 7 minutes with --jobs 2, other work running.
+Answer  None that this model tells apart. Nats/byte at 1,024 before and after, mean and deviation of
+        two seeds (commit 727db88): none 2.686 +- 0.005 and 2.667 +- 0.004, theta 2.672 +- 0.026 and
+        2.654 +- 0.026, YaRN 2.686 +- 0.009 and 2.664 +- 0.015. A model this small reads little of
+        what is far; at 256 it has 2.439 on other rows.
 """
 
 from collections.abc import Iterator, Sequence
