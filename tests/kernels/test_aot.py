@@ -87,7 +87,10 @@ def test_two_compilers_work_at_once():
     with ThreadPoolExecutor(2) as pool:
         got = list(pool.map(lambda _: list(child.run(one)), range(2)))
     assert [r.error for rs in got for r in rs] == [None, None]
-    assert got[0][0].figures == got[1][0].figures
+    one, other = (
+        {k: v for k, v in rs[0].figures.items() if not k.endswith("_seconds")} for rs in got
+    )
+    assert one == other and "cycles" in one
 
 
 @compiler
