@@ -45,9 +45,10 @@ def draw(plot: Plot, done: Sequence[Done], path: Path) -> None:
             [places[json.dumps(x)] for x, _ in points], [m.mean for _, m in points],
             [m.deviation for _, m in points], marker="o", capsize=3, label=label or None,
         )
-    if all(isinstance(json.loads(x), str | bool) for x in places):
-        ax.set_xticks(list(places.values()), [str(json.loads(x)) for x in places])
     ax.set_xscale("log" if plot.log_x else "linear")
+    if len(places) <= 10:  # what was run, and not what lies between
+        ax.set_xticks(list(places.values()), [str(json.loads(x)) for x in places])
+        ax.minorticks_off()
     ax.set_yscale("log" if plot.log_y else "linear")
     ax.set_xlabel(plot.x)
     ax.set_ylabel(plot.y)
