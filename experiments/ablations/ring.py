@@ -2,8 +2,10 @@
 
 Ask     The losses of 20 steps on rings of 2, 4 and 8 devices beside those of one, MLA and QK-Clip.
 Run     python -m experiments.ablations.ring --out runs/ring
-Cost    5 pairs of runs of 20 steps.
-Answer  not measured yet.
+Cost    5 pairs of runs of 20 steps; 6 minutes on two cores, other work running.
+Answer  Yes. Over 20 steps of MuonClip with tau = 10, on 2, 4 and 8 devices, zigzag, and striped on
+        data=2,seq=4: losses within 2.7e-7 of those of one device, norms of gradients within 1.5e-6,
+        largest logits within 5.3e-7 (commit f883192).
 """
 
 from collections.abc import Iterator, Sequence
