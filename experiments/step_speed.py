@@ -6,7 +6,8 @@ Ask     Time of our step of a small model with experts over that of a plain jax 
         over the step alone.
 Run     python -m experiments.step_speed [--rounds 9] [--out DIR]
 Cost    two minutes on two cores.
-Answer  not measured yet.
+Answer  1.09 of the step by hand; in the loop 1.05 of the step alone (commit a6bd050; other work
+        running, so the times themselves say nothing).
 
 The peer keeps no statistics of logits, balances nothing, guards nothing, and drops tokens above an
 expert's capacity (1.25 of its share); ours drops none.

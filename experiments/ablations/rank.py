@@ -2,8 +2,10 @@
 
 Ask     Held-out loss of the byte model by the rank of its latents, which is what is cached.
 Run     python -m experiments.ablations.rank --out runs/rank --jobs 2
-Cost    8 runs of 0.25 M tokens.
-Answer  not measured yet.
+Cost    8 runs of 0.25 M tokens; about 6 minutes with --jobs 2, other work running.
+Answer  Nats/byte by rank, mean and deviation of two seeds, and bytes of cache a token (commit
+        727db88): 4: 2.461 +- 0.015 (72), 8: 2.422 +- 0.024 (96), 16: 2.419 +- 0.006 (144),
+        32: 2.439 +- 0.036 (240). Of so small a model nothing is lost down to 8, at 4 a little.
 """
 
 from collections.abc import Iterator, Sequence
