@@ -114,7 +114,7 @@ def _fitted(args, model, base, tokenizer, out: Path):
     if steps == 0:
         raise UserError(f"{args.data}: makes {len(rows)} rows of {args.length} tokens, fewer than "
                         f"--rows {args.rows}; lower it, or give more --epochs")
-    rate = args.lr or (1e-4 if args.lora else 1e-5)
+    rate = args.lr if args.lr is not None else (1e-4 if args.lora else 1e-5)
     rate = cosine(rate, min(steps // 10, 100), steps, rate / 10)
     loss = language_model(model)
     if args.lora:

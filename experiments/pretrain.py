@@ -60,9 +60,11 @@ def steps(text: str) -> range:
 
 def main(args: argparse.Namespace) -> int:
     """Train, resuming if interrupted, and write the model."""
-    for name, least in (("seed", 0), ("parts", 1), ("eval_every", 0)):
+    for name, least in (("seed", 0), ("parts", 1), ("eval_every", 0), ("save_minutes", 0)):
         if getattr(args, name) < least:
             raise UserError(f"--{name} must be {least} or more, got {getattr(args, name)}")
+    if not args.spike > 1:
+        raise UserError(f"--spike must be above 1, got {args.spike}: it counts running means")
     with job_of(args):
         return _train(args)
 
@@ -137,8 +139,9 @@ def _phase(name, args, stage: Stage, datasets, cfg, optimizer, plan, where):
         qk_clip=qk_clip(cfg, args.tau), parts=args.parts, spike=args.spike, where=where,
     )
 
+    part = (0, 1) if plan is None else share(plan, stage.rows)  # before the first phase begins
+
     def opened(rows):
-        part = (0, 1) if plan is None else share(plan, stage.rows)
         return LanguageRows(batches(rows, stage.rows, *part), prepare)
 
     def train():
@@ -170,8 +173,14 @@ def evaluation(loss, opened):
 def datasets_of(data: str, tokenizer: str | None, vocab: int) -> dict:
     """By name, text tokenized where it is not yet; UserError: the model has too few tokens."""
     from kimijax.data.dataset import dataset_of
+    from kimijax.parallel.processes import is_first, meet
 
-    datasets = {name: dataset_of([name], tokenizer) for name in weights_of(data)}
+    def opened():
+        return {name: dataset_of([name], tokenizer) for name in weights_of(data)}
+
+    datasets = opened() if is_first() else None
+    meet()  # others find what the first has tokenized, where they share a cache
+    datasets = datasets or opened()
     for name, dataset in datasets.items():
         if dataset.vocab > vocab:
             raise UserError(f"{name}: has a vocabulary of {dataset.vocab:,}, the model one of "

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import os
+import sys
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # Simulated TPUs wait for one another: with fewer threads than devices (two cores) they hang.
@@ -21,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kimijax import presets
+from kimijax import cli, presets
 from kimijax.config import (
     GroupConfig,
     KDAConfig,
@@ -58,6 +59,19 @@ def assert_close(got, want, dtype=jnp.float32):
 @pytest.fixture
 def rng():
     return np.random.default_rng(0)
+
+
+@pytest.fixture
+def kimijax(monkeypatch, capsys):
+    """Run the command line in this process: (exit code, stdout, stderr)."""
+
+    def run(*args):
+        monkeypatch.setattr(sys, "argv", ["kimijax", *map(str, args)])
+        with pytest.raises(SystemExit) as stop:
+            cli.run()
+        return stop.value.code or 0, *capsys.readouterr()
+
+    return run
 
 
 def small_needle() -> ModelConfig:

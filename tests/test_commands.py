@@ -2,13 +2,11 @@
 
 import json
 import os
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from kimijax import cli
 from kimijax.commands.arrays import read_tokens
 from kimijax.errors import UserError
 from kimijax.generate import read_prompts
@@ -22,19 +20,6 @@ ABSOLUTE = 2e-4
 def answers():
     with np.load(GOLDENS / "k2_tiny" / "io.npz") as held:
         return dict(held)
-
-
-@pytest.fixture
-def kimijax(monkeypatch, capsys):
-    """Run the command line in this process: (exit code, stdout, stderr)."""
-
-    def run(*args):
-        monkeypatch.setattr(sys, "argv", ["kimijax", *map(str, args)])
-        with pytest.raises(SystemExit) as stop:
-            cli.run()
-        return stop.value.code or 0, *capsys.readouterr()
-
-    return run
 
 
 def test_logits_of_an_array(kimijax, answers, tmp_path):

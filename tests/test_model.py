@@ -8,11 +8,12 @@ import pytest
 
 from kimijax import presets
 from kimijax.cache import empty_cache
+from kimijax.config_tree import override
 from kimijax.fork import fork
 from kimijax.infer import Step
 from kimijax.model import Model, abstract_params
 from kimijax.ops.attend import local
-from tests.conftest import CONFIGS, apply_of, assert_close
+from tests.conftest import CONFIGS, apply_of, assert_close, small_needle
 
 T = 256
 MODELS = ["needle", "kimi"]
@@ -188,3 +189,19 @@ def test_preset_sizes_without_allocating():
     idle = sum(experts[k].size for k in ("gate", "up", "down")) * 3 // 4
     per_token = sum(sizes.values()) - idle - sizes["embed"] - sizes["head"]
     assert abs(per_token - 750_000) < 50_000
+
+
+@pytest.mark.parametrize("eps", [None, 1e-9])
+def test_normalised_queries_do_not_follow_the_scale_of_their_weights(eps):
+    model = Model(override(small_needle(), {"groups.0.layers.0.mixer.qk_norm": eps}), local())
+    ids = jnp.arange(64)[None]
+    params = jax.jit(lambda: nn.unbox(model.init(jax.random.key(0), ids, method="logits")))()
+    logits = jax.jit(lambda params: model.apply(params, ids, method="logits"))
+    want = logits(params)
+    q = params["params"]["group_0"]["layer_0"]["mixer"]["q"]
+    q["w"] = 3 * q["w"]
+    got = logits(params)
+    if eps is None:
+        assert np.abs(got - want).max() > 1e-3
+    else:
+        assert_close(got, want)

@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import math
-import sys
 
 import flax.linen as nn
 import jax
@@ -11,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kimijax import cli, presets
+from kimijax import presets
 from kimijax.cache import empty_cache
 from kimijax.config import GroupConfig, LayerConfig, MLAConfig, ModelConfig, SwiGLUConfig
 from kimijax.errors import UserError
@@ -179,19 +178,6 @@ def test_costs_are_chips_times_seconds():
     assert e.seconds["matmul"] == e.flops / 197e12
     assert e.seconds["hbm"] == sum(e.hbm.values()) / 819e9
     assert e.seconds["links"] == pytest.approx(sum(e.links.values()) / 200e9)
-
-
-@pytest.fixture
-def kimijax(monkeypatch, capsys):
-    """Run the command line in this process: (exit code, stdout, stderr)."""
-
-    def run(*args):
-        monkeypatch.setattr(sys, "argv", ["kimijax", *map(str, args)])
-        with pytest.raises(SystemExit) as stop:
-            cli.run()
-        return stop.value.code or 0, *capsys.readouterr()
-
-    return run
 
 
 def test_the_command_writes_what_it_prints(kimijax, tmp_path):

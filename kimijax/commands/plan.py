@@ -45,7 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--weights", choices=("bf16", "fp8", "int4"),
         help="how matrices are held. Default: as the config says")
     add("--dollars", type=float, metavar="D",
-        help="a chip-hour. Default: on demand, 1.20 v5e, 4.20 v5p, 2.70 v6e, 12.00 tpu7x")
+        help="a chip-hour. Default: assumed, 1.20 v5e, 4.20 v5p, 2.70 v6e, 12.00 tpu7x")
     add("--watts", type=float, metavar="W",
         help="of a chip. Default: assumed, 170 v5e, 450 v5p, 300 v6e, 900 tpu7x")
     add("--prove", action="store_true", help="compile it; nothing is run")

@@ -1,7 +1,7 @@
 """Chips and their pods: figures of one chip, and which topologies there are.
 
-Peak and HBM bandwidth are those of kernels_pallas.aot, links those of kimijax.parallel.cost; the
-rest is from Google's page of each chip (cloud.google.com/tpu/docs/v5e, v5p, v6e, tpu7x).
+Peak and HBM bandwidth are those of kernels_pallas.aot, links those of kimijax.parallel.cost; tori
+and pods are from Google's page of each chip (cloud.google.com/tpu/docs/v5e, v5p, v6e, tpu7x).
 """
 
 import difflib
@@ -20,10 +20,10 @@ class Chip(NamedTuple):
     """Of one chip; a device of jax is `1 / devices` of it."""
 
     dims: int  # of its torus: two links each
-    most: int  # chips of a pod
+    most: int  # chips of the largest job, or of a pod
     memory: float  # HBM bytes that a program may use on a device, as libtpu 0.0.52 says
-    eight: float  # operations/s in int8, of tpu7x in float8: no kernel here uses them
-    dollars: float  # an hour on demand, us-central1 (cloud.google.com/tpu/pricing)
+    # Assumed, about what an hour on demand cost; cloud.google.com/tpu/pricing has those of today.
+    dollars: float
     # Nobody publishes these: assumptions from the 170 W that a TPU v4 draws on average
     # (arXiv:2304.01433) and the peak of each chip.
     watts: float
@@ -31,10 +31,10 @@ class Chip(NamedTuple):
 
 
 CHIPS = {
-    "v5e": Chip(2, 256, 15.75 * GIB, 394e12, 1.20, 170),
-    "v5p": Chip(3, 8960, 95.73 * GIB, 918e12, 4.20, 450),
-    "v6e": Chip(2, 256, 31.24 * GIB, 1836e12, 2.70, 300),
-    "tpu7x": Chip(3, 9216, 94.74 * GIB, 4614e12, 12.00, 900, 2),
+    "v5e": Chip(2, 256, 15.75 * GIB, 1.20, 170),
+    "v5p": Chip(3, 6144, 95.73 * GIB, 4.20, 450),
+    "v6e": Chip(2, 256, 31.24 * GIB, 2.70, 300),
+    "tpu7x": Chip(3, 9216, 94.74 * GIB, 12.00, 900, 2),
 }
 
 

@@ -21,8 +21,6 @@ from kimijax.parallel.mesh import AXES
 from kimijax.parallel.order import Order, make_order
 from kimijax.parallel.plan import Plan
 
-JOBS = ("prefill", "decode", "train")
-WEIGHTS = ("bf16", "fp8", "int4")
 RATE = 2e-4  # of learning: no size depends on it
 
 

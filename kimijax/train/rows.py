@@ -10,6 +10,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from kimijax.cache import FAR
 from kimijax.config import ModelConfig
+from kimijax.errors import UserError
 from kimijax.parallel.plan import Plan
 
 
@@ -49,8 +50,12 @@ def share(plan: Plan, rows: int) -> tuple[int, int]:
     """(which, of how many) parts of a batch of `rows` lies on the devices of this process.
 
     What `kimijax.data.rows.batches` takes as host and hosts: processes that hold other tokens of
-    the same rows read the same.
+    the same rows read the same. UserError: the rows cannot be dealt over the mesh.
     """
+    if rows % (data := plan.mesh.shape["data"]):
+        raise UserError(
+            f"{rows} rows are no multiple of the mesh axis data = {data}; choose another size"
+        )
     held = _sharding(plan, rows, plan.ways).addressable_devices_indices_map((rows, plan.ways))
     spans = {index[0].indices(rows)[:2] for index in held.values()}
     first, last = min(a for a, _ in spans), max(b for _, b in spans)

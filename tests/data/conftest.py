@@ -1,26 +1,10 @@
-"""The command line in this process, and tokenizers small enough to train on the spot."""
+"""Tokenizers small enough to train on the spot."""
 
 import json
-import sys
 
 import pytest
 
-from kimijax import cli
-
 PARTS = ("the quick brown fox", "jumps over", "the lazy dog", "12345", "长上下文", "\n", "naïve ")
-
-
-@pytest.fixture
-def kimijax(monkeypatch, capsys):
-    """Run the command line: (exit code, stdout, stderr)."""
-
-    def run(*args):
-        monkeypatch.setattr(sys, "argv", ["kimijax", *map(str, args)])
-        with pytest.raises(SystemExit) as stop:
-            cli.run()
-        return stop.value.code or 0, *capsys.readouterr()
-
-    return run
 
 
 @pytest.fixture(scope="session")

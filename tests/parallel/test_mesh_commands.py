@@ -11,7 +11,7 @@ import jax
 import numpy as np
 import pytest
 
-from kimijax import cli, metrics
+from kimijax import metrics
 from kimijax.errors import UserError
 from kimijax.parallel.mesh import make_mesh
 from tests.conftest import assert_close
@@ -26,19 +26,6 @@ def answers(name):
         return dict(held)
 
 
-@pytest.fixture
-def kimijax(monkeypatch, capsys):
-    """Run the command line in this process: (exit code, stderr)."""
-
-    def run(*args):
-        monkeypatch.setattr(sys, "argv", ["kimijax", *map(str, args)])
-        with pytest.raises(SystemExit) as stop:
-            cli.run()
-        return stop.value.code or 0, capsys.readouterr().err
-
-    return run
-
-
 @pytest.mark.parametrize(
     "name, rows, options",
     [  # an odd number of rows leaves one of padding; 150 tokens leave some too
@@ -49,7 +36,7 @@ def kimijax(monkeypatch, capsys):
 def test_logits_are_those_of_one_device(name, rows, options, kimijax, tmp_path):
     known = answers(name)
     np.save(tmp_path / "in.npy", known["input_ids"][:rows])
-    code, errors = kimijax("logits", "--checkpoint", GOLDENS / name, "--tokens",
+    code, _, errors = kimijax("logits", "--checkpoint", GOLDENS / name, "--tokens",
                            tmp_path / "in.npy", "--out", tmp_path / "out.npy", *options)
     assert code == 0, errors
     assert_close(np.load(tmp_path / "out.npy"), known["logits"][:rows])
@@ -65,7 +52,7 @@ def test_logits_are_those_of_one_device(name, rows, options, kimijax, tmp_path):
 def test_greedy_tokens_are_those_of_one_device(name, rows, mesh, kimijax, tmp_path):
     known = answers(name)
     np.save(tmp_path / "in.npy", known["gen_prompt"][:rows])
-    code, errors = kimijax("generate", "--checkpoint", GOLDENS / name, "--tokens",
+    code, _, errors = kimijax("generate", "--checkpoint", GOLDENS / name, "--tokens",
                            tmp_path / "in.npy", "--out", tmp_path / "out.npy", "--max_new", 16,
                            "--mesh", mesh)
     assert code == 0, errors
@@ -82,7 +69,7 @@ def test_weights_kept_quantised_are_dealt_out(form, mesh, kimijax, tmp_path):
     np.save(tmp_path / "in.npy", ids)
     reading = ("--checkpoint", source, "--tokens", tmp_path / "in.npy", "--weights", "keep")
     for name, more in (("one.npy", ()), ("many.npy", ("--mesh", mesh))):
-        code, errors = kimijax("logits", *reading, "--out", tmp_path / name, *more)
+        code, _, errors = kimijax("logits", *reading, "--out", tmp_path / name, *more)
         assert code == 0, errors
     assert_close(np.load(tmp_path / "many.npy"), np.load(tmp_path / "one.npy"))
 
@@ -91,9 +78,11 @@ def test_weights_kept_quantised_are_dealt_out(form, mesh, kimijax, tmp_path):
 def test_scales_that_cannot_be_dealt_out_are_one_line(form, kimijax, tmp_path):
     """The 32 inputs of an expert's last matrix have one scale, whatever the form."""
     np.save(tmp_path / "in.npy", np.zeros((1, 4), np.int32))
-    code, errors = kimijax("logits", "--checkpoint", quantised(tmp_path / "hub", form), "--tokens",
-                           tmp_path / "in.npy", "--out", tmp_path / "out.npy", "--weights", "keep",
-                           "--mesh", "tensor=2")
+    code, _, errors = kimijax(
+        "logits", "--checkpoint", quantised(tmp_path / "hub", form), "--tokens",
+        tmp_path / "in.npy", "--out", tmp_path / "out.npy", "--weights", "keep", "--mesh",
+        "tensor=2",
+    )
     assert code == 2 and "Traceback" not in errors and not (tmp_path / "out.npy").exists()
     (line,) = [line for line in errors.splitlines() if "error:" in line]
     assert "ffn.down_scale: its dim 'ffn' of 1 is no multiple of tensor = 2; choose a" in line
@@ -105,9 +94,10 @@ def test_needles_are_found_as_on_one_device(kimijax, tmp_path, monkeypatch):
     monkeypatch.setattr(metrics, "matmul_peak", lambda: 1.0)
     found = []
     for name, options in (("one", ()), ("mesh", ("--mesh", "seq=4,expert=2"))):
-        code, errors = kimijax("needle", "--haystack", Path(metrics.__file__).parent / "config.py",
-                               "--context", 6000, "--needles", 4, "--out", tmp_path / name,
-                               *options)
+        code, _, errors = kimijax(
+            "needle", "--haystack", Path(metrics.__file__).parent / "config.py", "--context", 6000,
+            "--needles", 4, "--out", tmp_path / name, *options,
+        )
         assert code == 0, errors
         found.append(json.loads((tmp_path / name / "results.json").read_text()))
     want, got = found
@@ -155,8 +145,8 @@ def test_a_cpu_host_stands_in_for_the_devices_of_a_mesh(tmp_path):
 )
 def test_a_mesh_that_cannot_be_is_one_line_and_exit_code_2(options, message, kimijax, tmp_path):
     np.save(tmp_path / "in.npy", np.zeros((1, 4), np.int32))
-    code, errors = kimijax("logits", "--checkpoint", GOLDENS / K2, "--tokens", tmp_path / "in.npy",
-                           "--out", tmp_path / "out.npy", *options)
+    code, _, errors = kimijax("logits", "--checkpoint", GOLDENS / K2, "--tokens",
+                              tmp_path / "in.npy", "--out", tmp_path / "out.npy", *options)
     assert code == 2
     lines = [line for line in errors.splitlines() if "error:" in line]
     assert len(lines) == 1 and message in lines[0], errors
