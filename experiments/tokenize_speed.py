@@ -3,9 +3,9 @@
 Ask     Bytes of text a second and core, next to the library `tokenizers` encoding the same texts.
 Run     python -m experiments.tokenize_speed --work DIR [--megabytes 100]
 Cost    about six minutes on two idle cores and 500 MB of disk space.
-Answer  on two cores with a load of 7, one process, 100 MB: 0.82 of the library by the clock, 0.74
-        by seconds of the processor, whose rates for the library alone were 2.09 and 1.61 MB, before
-        and after. Not settled, and not run to its end there: it wants an idle machine.
+Answer  100 MB, two cores (commit 04e2b8d): with two processes 1.03 of the library a core by the
+        clock and 1.04 by seconds of the processor; with one 0.95 by the latter (0.69 by the clock,
+        tests running beside it). Bytes: 40.8 MB a second with two.
 
 The text is this environment's Python files as JSONL; a BPE of 32,768 tokens is trained on a part of
 them. The library's side is `encode_batch_fast` of all texts in one thread, the time of that call
