@@ -38,13 +38,8 @@ notebooks: env
 	$(PY) -m pytest -q -n 0 -m slow tests/test_notebooks.py $(ARGS)
 
 # Every layer in every way over eight virtual devices against one; SAMPLE=1: every pair of values.
-# Collectives of eight devices wait for one another, so there must be as many threads. Compiled as
-# the tests are: what compiles is run once.
 matrix: env
-	NPROC=16 JAX_PLATFORMS=cpu XLA_FLAGS="--xla_backend_optimization_level=0 \
-	  --xla_llvm_disable_expensive_passes=true --xla_cpu_use_fusion_emitters=false \
-	  --xla_cpu_parallel_codegen_split_count=1" \
-	  $(PY) -m tests.parallel.matrix $(if $(SAMPLE),--sample) $(ARGS)
+	$(PY) -m tests.parallel.matrix $(if $(SAMPLE),--sample) $(ARGS)
 
 # What transformers makes of our exports. torch and transformers come from the extra [parity] into an
 # environment of their own, beside that of `env`; without a CPU build of torch it is skipped.
@@ -68,7 +63,7 @@ aot: $(AOT_STAMP)
 
 $(AOT_STAMP): $(STAMP)
 	$(call beside,.venv-aot)
-	@if .venv-aot/bin/python $(PIP) libtpu; then : > $@; \
+	@if .venv-aot/bin/python $(PIP) libtpu; then .venv-aot/bin/python $(PIP) --no-deps -e . && : > $@; \
 	else echo "aot: skipped, libtpu is not on offer here" | tee $@; fi
 
 # Our ring, and our kernels, beside those of other packages, which come from the extra [bench] into

@@ -2,19 +2,11 @@
 
 import dataclasses
 import functools
-import os
 import sys
 
-os.environ.setdefault("JAX_PLATFORMS", "cpu")
-# Simulated TPUs wait for one another: with fewer threads than devices (two cores) they hang.
-os.environ.setdefault("NPROC", "16")
-# Tests compile much and compute little. The fusion emitters are two thirds of a compilation.
-os.environ["XLA_FLAGS"] = (
-    "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true "
-    "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1 "
-    "--xla_force_host_platform_device_count=8 "
-    + os.environ.get("XLA_FLAGS", "")
-)
+import tests.devices  # noqa: F401
+
+# isort: split
 
 import flax.linen as nn
 import jax

@@ -15,11 +15,9 @@ import multiprocessing
 import os
 import sys
 
-if __name__ == "__main__":
-    os.environ["XLA_FLAGS"] = (
-        "--xla_force_host_platform_device_count=8 " + os.environ.get("XLA_FLAGS", "")
-    )
-    os.environ.setdefault("NPROC", "16")  # collectives of 8 devices wait for one another
+import tests.devices  # noqa: F401
+
+# isort: split
 
 import numpy as np
 
