@@ -13,8 +13,8 @@ FLAGS = [
 if version("jaxlib").startswith("0.10."):  # later ones abort on it
     FLAGS.append("--xla_cpu_use_fusion_emitters=false")  # two thirds of a compilation
 
-os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # Devices wait for one another: with fewer threads than devices (two cores) they hang.
 os.environ.setdefault("NPROC", "16")
-given = os.environ.get("XLA_FLAGS", "").split()
-os.environ["XLA_FLAGS"] = " ".join([flag for flag in FLAGS if flag not in given] + given)
+if os.environ.setdefault("JAX_PLATFORMS", "cpu") == "cpu":
+    given = os.environ.get("XLA_FLAGS", "").split()
+    os.environ["XLA_FLAGS"] = " ".join([flag for flag in FLAGS if flag not in given] + given)
