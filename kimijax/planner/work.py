@@ -93,12 +93,15 @@ def device_flops(job: Job, plan: Plan) -> float:
 def _projected(job: Job, plan: Plan) -> float:
     """FLOPs of latents that others have projected too; those that share heads divide them."""
     times = NEEDED + AGAIN if job.kind == "train" else 1
-    total = 0.0
-    for layer in job.cfg.layers:
-        if isinstance(layer.mixer, MLAConfig):
-            w = attention_of(job, plan, layer.mixer)
-            once = 2.0 * w.tokens * w.heads * w.latent * (w.key + w.value)
-            total += once * (1 / groups(w).get(plan.strategy, 1) - 1 / w.ways)
+
+    def one(layer: LayerConfig) -> float:
+        if not isinstance(layer.mixer, MLAConfig):
+            return 0.0
+        w = attention_of(job, plan, layer.mixer)
+        once = 2.0 * w.tokens * w.heads * w.latent * (w.key + w.value)
+        return once * (1 / groups(w).get(plan.strategy, 1) - 1 / w.ways)
+
+    total = sum(job.cfg.of_layers(one))
     return times * total * job.batch / plan.mesh.shape["data"]
 
 
@@ -136,7 +139,7 @@ def hbm_bytes(job: Job, plan: Plan) -> dict[str, float]:
     if job.kind == "decode":
         cache = jobs.cache(job, plan)
         return found | {"cache": float(sum(map(leaf_bytes, jax.tree.leaves(cache))))}
-    arrays = sum(sum(stages(job, plan, layer)) for layer in job.cfg.layers)
+    arrays = sum(job.cfg.of_layers(lambda layer: sum(stages(job, plan, layer))))
     found["arrays"] = 2.0 * passes * arrays
     if job.kind == "train":
         state = sum(
@@ -167,8 +170,8 @@ def _experts_read(job: Job, plan: Plan, params) -> float:
 def link_bytes(job: Job, plan: Plan) -> dict[str, float]:
     """That a device sends in the call or step: "ring" over one link, the rest over all."""
     total: dict[str, float] = {}
-    for layer in job.cfg.layers:
-        for part, x in layer_links(job, plan, layer).items():
+    for parts in job.cfg.of_layers(lambda layer: layer_links(job, plan, layer)):
+        for part, x in parts.items():
             total[part] = total.get(part, 0.0) + x
     if job.kind == "train":
         total["weights"] = _gathered(job, plan)
