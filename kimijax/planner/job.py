@@ -96,7 +96,6 @@ def shapes(tree, places):
     )
 
 
-@functools.lru_cache(maxsize=16)
 def boxed(cfg: ModelConfig):
     """Parameters with the names of their dims, abstract."""
     return abstract_params(Model(cfg, local()))

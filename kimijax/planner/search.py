@@ -23,9 +23,11 @@ def meshes(job: Job, pod: Pod) -> Iterator[dict[str, int]]:
     """Sizes by axis whose product is the pod, as far as rows, experts and heads can be dealt."""
     moe = [x.ffn for x in job.cfg.layers if isinstance(x.ffn, MoEConfig)]
     experts = math.gcd(*(m.experts for m in moe)) if moe else 1
-    # Packed matrices are not cut along their channels, nor heads that read chosen blocks dealt.
+    # Packed matrices are not cut along their channels. Every device of tensor reads chosen blocks
+    # for all heads, which costs a decode step little, and a whole row what it would without tensor.
     chosen = any(isinstance(x.mixer, CompressedConfig) for x in job.cfg.layers)
-    most = MOST_TENSOR if job.cfg == expanded(job.cfg) and not chosen else 1
+    cut = job.cfg == expanded(job.cfg) and not (chosen and job.kind != "decode")
+    most = MOST_TENSOR if cut else 1
     for data in _divisors(math.gcd(job.batch, pod.devices)):
         for expert in _divisors(math.gcd(experts, pod.devices // data)):
             rest = pod.devices // data // expert

@@ -222,7 +222,7 @@ def layer_links(job: Job, plan: Plan, layer: LayerConfig) -> dict[str, float]:
             found["ring"] = once * (2 + 1 + RING_FLOATS if train else 1)
         case WindowConfig(window=None, kv_heads=g, head_dim=k) if ways > 1:
             found["ring"] = (ways - 1) * n * (2 * g * k * width + 8) * (5 if train else 1)
-        case CompressedConfig() as c if ways > 1:
+        case CompressedConfig() as c:
             found |= _chosen_links(job, plan, c, n)
         case KDAConfig(heads=h, head_dim=k) if ways > 1 and job.kind != "decode":
             runs = jobs.row(job, plan)[1]
@@ -234,11 +234,12 @@ def layer_links(job: Job, plan: Plan, layer: LayerConfig) -> dict[str, float]:
 
 def _chosen_links(job: Job, plan: Plan, c: CompressedConfig, n: int) -> dict[str, float]:
     """Of compressed attention (parallel/blocks.py): choices are exchanged; in whole rows the
-    blocks go around the ring, behind a cache the Partials are merged."""
+    blocks go around the ring, behind a cache the Partials of all heads are merged."""
     ways, width, choice = plan.ways, jnp.dtype(job.dtype).itemsize, 12 * c.index.top_k
     if job.kind == "decode":
         partials = 2.0 * n * c.heads * (c.kv_rank + 1) * 4 * (1 - 1 / ways)
-        return {"partials": partials, "choices": float(n * choice * (ways - 1))}
+        heads = n * c.heads * c.kv_rank * width * (1 - 1 / plan.mesh.shape["tensor"])
+        return {"partials": partials, "heads": heads, "choices": float(n * choice * (ways - 1))}
     asking = n / c.index.group
     choices = asking * (ways - 1) * (c.index.dim * width + 8 + choice)
     return {"ring": (ways - 1.0) * n * c.kv_rank * width * (5 if job.kind == "train" else 1),
