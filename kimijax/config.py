@@ -4,9 +4,13 @@
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TypeVar
 
 from kimijax.errors import UserError
+
+T = TypeVar("T")
 
 LARGEST = 2**31 - 1  # of any number in a config: beyond it shapes overflow
 MOST_LAYERS = 100_000  # with their repeats: `ModelConfig.layers` writes them out
@@ -333,6 +337,10 @@ class ModelConfig:
     def layers(self) -> tuple[LayerConfig, ...]:
         """Every layer in order, repeats written out."""
         return tuple(layer for g in self.groups for layer in g.layers * g.repeat)
+
+    def of_layers(self, f: Callable[[LayerConfig], T]) -> list[T]:
+        """f of every layer in order, asked once of those that repeat."""
+        return [x for g in self.groups for x in [f(layer) for layer in g.layers] * g.repeat]
 
 
 def group_layers(layers: tuple[LayerConfig, ...]) -> tuple[GroupConfig, ...]:

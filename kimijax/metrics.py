@@ -35,8 +35,8 @@ def prefill_flops(cfg: ModelConfig, n: int, exact: bool = False) -> dict[str, fl
     """
     total = {"linear": 0.0, "window": 0.0, "attention": 0.0, "index": 0.0, "ffn": 0.0}
     total["head"] = 2.0 * n * cfg.width * cfg.vocab
-    for layer in cfg.layers:
-        for part, macs in _layer_macs(cfg, layer, n, exact).items():
+    for parts in cfg.of_layers(lambda layer: _layer_macs(cfg, layer, n, exact)):
+        for part, macs in parts.items():
             total[part] += 2.0 * macs
     return total
 

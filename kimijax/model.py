@@ -212,7 +212,12 @@ def _tokens(given, cache, count, watch, aligned, runs) -> tuple[Tokens, Cache | 
 
 def abstract_params(model: Model):
     """Shapes, dtypes and dim names of the parameters; nothing is allocated."""
-    model = model.clone(ops=local())  # weights depend on none; one token cannot be dealt out
+    return jax.tree.map(lambda x: x, _traced(model.cfg))  # the dicts are the caller's own
+
+
+@functools.lru_cache(maxsize=16)
+def _traced(cfg: ModelConfig):
+    model = Model(cfg, local())  # weights depend on no ops; one token cannot be dealt out
     ids = jax.ShapeDtypeStruct((1, 1), jnp.int32)
     init = lambda key, ids: model.init(key, ids, method="logits")  # noqa: E731
     return jax.eval_shape(init, jax.random.key(0), ids)

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import time
 
 import flax.linen as nn
 import jax
@@ -12,7 +13,14 @@ import pytest
 
 from kimijax import presets
 from kimijax.cache import empty_cache
-from kimijax.config import GroupConfig, LayerConfig, MLAConfig, ModelConfig, SwiGLUConfig
+from kimijax.config import (
+    CompressedConfig,
+    GroupConfig,
+    LayerConfig,
+    MLAConfig,
+    ModelConfig,
+    SwiGLUConfig,
+)
 from kimijax.errors import UserError
 from kimijax.metrics import decode_flops
 from kimijax.model import Model, abstract_params
@@ -20,10 +28,11 @@ from kimijax.ops.attend import local
 from kimijax.optim import muon
 from kimijax.parallel.cost import DEVICES
 from kimijax.parallel.mesh import make_mesh
-from kimijax.planner import memory, search, work
+from kimijax.planner import hlo, memory, search, work
 from kimijax.planner.chips import CHIPS, pod_of, pods
 from kimijax.planner.estimate import estimate, plan_for
 from kimijax.planner.job import Job, abstract_mesh, held, layout
+from kimijax.planner.programs import lower
 from kimijax.train.state import init_shapes, state_shardings
 from tests.conftest import small_kimi
 
@@ -166,6 +175,39 @@ def test_devices_that_share_heads_project_fewer_latents_again():
     needed = 2**21 * sum(work.flops_per_token(job).values()) / 512
     assert alone == pytest.approx(needed + again * 511 / 512)
     assert shared == pytest.approx(needed + again * (1 / 32 - 1 / 512))
+
+
+def chosen_model() -> ModelConfig:
+    """One layer that reads chosen blocks."""
+    layer = LayerConfig(mixer=CompressedConfig(), ffn=SwiGLUConfig(width=64))
+    return ModelConfig(vocab=64, width=64, groups=(GroupConfig(layers=(layer,)),))
+
+
+def test_a_ring_of_blocks_sends_what_its_program_sends():
+    job = Job(chosen_model(), "prefill", 2048, dtype="float32")
+    plan = layout(job, make_mesh({"seq": 4}))
+    program = hlo.parse(lower(job, plan).compile().as_text())
+    assert work.link_bytes(job, plan)["ring"] == hlo.sent_bytes(program)
+
+
+def test_a_token_reads_of_a_compressed_cache_the_chosen_blocks_and_the_index():
+    """Behind twice the slots as many latents; the keys and positions of twice as many blocks."""
+    short, long = (
+        work.hbm_bytes(job, layout(job, abstract_mesh({"seq": 4})))["cache"]
+        for job in (Job(chosen_model(), "decode", n) for n in (2**20, 2**21))
+    )
+    keys, positions = 2 * 32 * 2 / 32 / 4, 8 / 32 + 8  # keys are dealt; positions lie whole
+    assert long - short == pytest.approx(2**20 * (keys + positions), rel=0.001)
+
+
+def test_planning_k2_takes_a_moment():
+    """Of CPU, the model traced once before: every mesh of 512 chips, for three jobs."""
+    cfg, pod = presets.kimi_k2(), pod_of("v5p:8x8x8")
+    abstract_params(Model(cfg, local()))
+    began = time.process_time()
+    for kind in ("prefill", "decode", "train"):
+        search.best(Job(cfg, kind, 2**21), pod)
+    assert time.process_time() - began < 1.0
 
 
 def test_costs_are_chips_times_seconds():

@@ -96,7 +96,6 @@ def shapes(tree, places):
     )
 
 
-@functools.lru_cache(maxsize=16)
 def boxed(cfg: ModelConfig):
     """Parameters with the names of their dims, abstract."""
     return abstract_params(Model(cfg, local()))
@@ -105,34 +104,44 @@ def boxed(cfg: ModelConfig):
 def weights(job: Job, plan: Plan):
     """Abstract parameters at their places, in the dtypes in which a run holds them."""
     dtype = jnp.dtype(jnp.float32 if job.kind == "train" else job.dtype)
+    return _weights(job.cfg, dtype, plan.train, plan.mesh)
 
+
+# A search asks the same meshes for many contexts, and an estimate asks twice.
+@functools.lru_cache(maxsize=256)
+def _weights(cfg: ModelConfig, dtype: jnp.dtype, train: bool, mesh):
     def one(path, x):
         return jax.ShapeDtypeStruct(x.shape, leaf_dtype(path[-1].key, jnp.dtype(x.dtype), dtype))
 
-    table = rules.TRAIN if plan.train else rules.SERVE
-    found = jax.tree_util.tree_map_with_path(one, nn.unbox(boxed(job.cfg)))
-    return shapes(found, rules.shardings(boxed(job.cfg), plan.mesh, table))
+    found = jax.tree_util.tree_map_with_path(one, nn.unbox(boxed(cfg)))
+    return shapes(found, rules.shardings(boxed(cfg), mesh, rules.TRAIN if train else rules.SERVE))
 
 
+@functools.lru_cache(maxsize=16)
 def cache(job: Job, plan: Plan) -> Cache:
     """The abstract cache of a decode job, at its places."""
-    made = jax.eval_shape(functools.partial(
-        empty_cache, job.cfg, job.batch, job.context, jnp.dtype(job.dtype), plan.ways
-    ))
+    made = _cache(job, plan.ways)
     return shapes(made, plan.cache_shardings(made))
+
+
+@functools.lru_cache(maxsize=256)
+def _cache(job: Job, ways: int) -> Cache:
+    return jax.eval_shape(functools.partial(
+        empty_cache, job.cfg, job.batch, job.context, jnp.dtype(job.dtype), ways
+    ))
 
 
 def row(job: Job, plan: Plan) -> tuple[int, int]:
     """(tokens of a row with its padding, the runs it is cut into) of prefill and train."""
-    order = _order(job, plan)
+    order = _order(job, plan.order, plan.ways)
     return order.length, order.runs
 
 
 def place_of_last(job: Job, plan: Plan) -> int:
     """Where in its arranged row the last token lies."""
-    return int(np.argmax(_order(job, plan).places == job.context - 1))
+    return int(np.argmax(_order(job, plan.order, plan.ways).places == job.context - 1))
 
 
-def _order(job: Job, plan: Plan) -> Order:
-    run, least = run_length(job.cfg), lead_slots(job.cfg)
-    return make_order(plan.order, job.context, plan.ways, run, least)
+@functools.lru_cache(maxsize=256)
+def _order(job: Job, kind: str, ways: int) -> Order:
+    return make_order(kind, job.context, ways, run_length(job.cfg), lead_slots(job.cfg))

@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 
-from kimijax.config import MoEConfig
+from kimijax.config import CompressedConfig, MoEConfig
 from kimijax.config_tree import expanded
 from kimijax.errors import UserError
 from kimijax.ops.rope import MAX_POSITION
@@ -23,8 +23,11 @@ def meshes(job: Job, pod: Pod) -> Iterator[dict[str, int]]:
     """Sizes by axis whose product is the pod, as far as rows, experts and heads can be dealt."""
     moe = [x.ffn for x in job.cfg.layers if isinstance(x.ffn, MoEConfig)]
     experts = math.gcd(*(m.experts for m in moe)) if moe else 1
-    # Packed matrices are not cut along their channels.
-    most = MOST_TENSOR if job.cfg == expanded(job.cfg) else 1
+    # Packed matrices are not cut along their channels. Every device of tensor reads chosen blocks
+    # for all heads, which costs a decode step little, and a whole row what it would without tensor.
+    chosen = any(isinstance(x.mixer, CompressedConfig) for x in job.cfg.layers)
+    cut = job.cfg == expanded(job.cfg) and not (chosen and job.kind != "decode")
+    most = MOST_TENSOR if cut else 1
     for data in _divisors(math.gcd(job.batch, pod.devices)):
         for expert in _divisors(math.gcd(experts, pod.devices // data)):
             rest = pod.devices // data // expert
@@ -54,18 +57,22 @@ def candidates(
 def best(
     job: Job, pod: Pod, mesh: dict[str, int] | None = None, strategy: str | None = None
 ) -> Estimate:
-    """The fastest that fits, of `mesh` or of all; UserError: none does, with what is too large.
+    """The fastest that fits, of `mesh` or of all; UserError: none does, with what is too large."""
+    if mesh is not None:
+        check_product(mesh, pod)
+    return fastest(candidates(job, pod, meshes(job, pod) if mesh is None else [mesh], strategy))
+
+
+def fastest(found: list[Estimate]) -> Estimate:
+    """Of those that fit. UserError: none does.
 
     Times are bounds: of meshes as fast but for `SAME`, the one that needs least memory.
     """
-    if mesh is not None:
-        check_product(mesh, pod)
-    found = candidates(job, pod, meshes(job, pod) if mesh is None else [mesh], strategy)
     fitting = [e for e in found if e.fits]
     if not fitting:
         raise UserError(too_large(min(found, key=lambda e: e.bytes)))
-    fastest = min(e.time for e in fitting)
-    return min((e for e in fitting if e.time <= SAME * fastest), key=lambda e: (e.bytes, e.time))
+    least = min(e.time for e in fitting)
+    return min((e for e in fitting if e.time <= SAME * least), key=lambda e: (e.bytes, e.time))
 
 
 def check_product(mesh: dict[str, int], pod: Pod) -> None:

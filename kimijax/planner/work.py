@@ -12,7 +12,15 @@ import jax
 import jax.numpy as jnp
 from jax.tree_util import tree_flatten_with_path
 
-from kimijax.config import KDAConfig, LayerConfig, MLAConfig, ModelConfig, MoEConfig, WindowConfig
+from kimijax.config import (
+    CompressedConfig,
+    KDAConfig,
+    LayerConfig,
+    MLAConfig,
+    ModelConfig,
+    MoEConfig,
+    WindowConfig,
+)
 from kimijax.errors import UserError
 from kimijax.metrics import decode_flops, prefill_flops
 from kimijax.optim.matrices import matrices_of
@@ -79,26 +87,31 @@ def device_flops(job: Job, plan: Plan) -> float:
     devices = plan.mesh.size
     if job.kind != "decode":
         return job.tokens * sum(each.values()) / devices + _projected(job, plan)
-    # Every device of a row has its tokens: attention and routed experts alone are dealt out.
+    # Every device of a row has its tokens: attention, the index of blocks and routed experts alone
+    # are dealt out.
     rows, tensor = tokens_of_device(job, plan), plan.mesh.shape["tensor"]
     routed = sum(
         6.0 * job.cfg.width * f.top_k * f.width
         for f in (layer.ffn for layer in job.cfg.layers) if isinstance(f, MoEConfig)
     )
-    dealt = each["attention"] / plan.ways + routed / plan.mesh.shape["expert"]
-    whole = sum(each.values()) - each["attention"] - routed
+    cached = each["attention"] + each["index"]
+    dealt = cached / plan.ways + routed / plan.mesh.shape["expert"]
+    whole = sum(each.values()) - cached - routed
     return rows * (dealt + whole) / tensor
 
 
 def _projected(job: Job, plan: Plan) -> float:
     """FLOPs of latents that others have projected too; those that share heads divide them."""
     times = NEEDED + AGAIN if job.kind == "train" else 1
-    total = 0.0
-    for layer in job.cfg.layers:
-        if isinstance(layer.mixer, MLAConfig):
-            w = attention_of(job, plan, layer.mixer)
-            once = 2.0 * w.tokens * w.heads * w.latent * (w.key + w.value)
-            total += once * (1 / groups(w).get(plan.strategy, 1) - 1 / w.ways)
+
+    def one(layer: LayerConfig) -> float:
+        if not isinstance(layer.mixer, MLAConfig):
+            return 0.0
+        w = attention_of(job, plan, layer.mixer)
+        once = 2.0 * w.tokens * w.heads * w.latent * (w.key + w.value)
+        return once * (1 / groups(w).get(plan.strategy, 1) - 1 / w.ways)
+
+    total = sum(job.cfg.of_layers(one))
     return times * total * job.batch / plan.mesh.shape["data"]
 
 
@@ -134,9 +147,8 @@ def hbm_bytes(job: Job, plan: Plan) -> dict[str, float]:
             dense += leaf_bytes(x)
     found = {"weights": passes * dense, "experts": passes * routed}
     if job.kind == "decode":
-        cache = jobs.cache(job, plan)
-        return found | {"cache": float(sum(map(leaf_bytes, jax.tree.leaves(cache))))}
-    arrays = sum(sum(stages(job, plan, layer)) for layer in job.cfg.layers)
+        return found | {"cache": _cache_read(job, plan)}
+    arrays = sum(job.cfg.of_layers(lambda layer: sum(stages(job, plan, layer))))
     found["arrays"] = 2.0 * passes * arrays
     if job.kind == "train":
         state = sum(
@@ -145,6 +157,19 @@ def hbm_bytes(job: Job, plan: Plan) -> dict[str, float]:
         )
         found["optimizer"] = 2.0 * state
     return found
+
+
+def _cache_read(job: Job, plan: Plan) -> float:
+    """Bytes of the cache that a token reads: all, but of compressed layers' latents the chosen."""
+    cache = jobs.cache(job, plan)
+    total = float(sum(map(leaf_bytes, jax.tree.leaves(cache))))
+    for group, states in zip(job.cfg.groups, cache.states, strict=True):
+        for layer, state in zip(group.layers, states, strict=True):
+            if isinstance(c := layer.mixer, CompressedConfig):
+                seen = c.index.top_k * c.index.block + c.index.group + c.window
+                unseen = 1 - min(1.0, seen / state["latent"].shape[2])
+                total -= unseen * leaf_bytes(state["latent"])
+    return total
 
 
 def _experts_read(job: Job, plan: Plan, params) -> float:
@@ -167,8 +192,8 @@ def _experts_read(job: Job, plan: Plan, params) -> float:
 def link_bytes(job: Job, plan: Plan) -> dict[str, float]:
     """That a device sends in the call or step: "ring" over one link, the rest over all."""
     total: dict[str, float] = {}
-    for layer in job.cfg.layers:
-        for part, x in layer_links(job, plan, layer).items():
+    for parts in job.cfg.of_layers(lambda layer: layer_links(job, plan, layer)):
+        for part, x in parts.items():
             total[part] = total.get(part, 0.0) + x
     if job.kind == "train":
         total["weights"] = _gathered(job, plan)
@@ -197,12 +222,28 @@ def layer_links(job: Job, plan: Plan, layer: LayerConfig) -> dict[str, float]:
             found["ring"] = once * (2 + 1 + RING_FLOATS if train else 1)
         case WindowConfig(window=None, kv_heads=g, head_dim=k) if ways > 1:
             found["ring"] = (ways - 1) * n * (2 * g * k * width + 8) * (5 if train else 1)
+        case CompressedConfig() as c:
+            found |= _chosen_links(job, plan, c, n)
         case KDAConfig(heads=h, head_dim=k) if ways > 1 and job.kind != "decode":
             runs = jobs.row(job, plan)[1]
             found["state"] = times * rows * (ways - 1) / ways * runs * h / tensor * 2 * k * k * 4
     if isinstance(layer.ffn, MoEConfig):
         found["experts"] = times * _exchanged(job, plan, layer.ffn, n * job.cfg.width * width)
     return found
+
+
+def _chosen_links(job: Job, plan: Plan, c: CompressedConfig, n: int) -> dict[str, float]:
+    """Of compressed attention (parallel/blocks.py): choices are exchanged; in whole rows the
+    blocks go around the ring, behind a cache the Partials of all heads are merged."""
+    ways, width, choice = plan.ways, jnp.dtype(job.dtype).itemsize, 12 * c.index.top_k
+    if job.kind == "decode":
+        partials = 2.0 * n * c.heads * (c.kv_rank + 1) * 4 * (1 - 1 / ways)
+        heads = n * c.heads * c.kv_rank * width * (1 - 1 / plan.mesh.shape["tensor"])
+        return {"partials": partials, "heads": heads, "choices": float(n * choice * (ways - 1))}
+    asking = n / c.index.group
+    choices = asking * (ways - 1) * (c.index.dim * width + 8 + choice)
+    return {"ring": (ways - 1.0) * n * c.kv_rank * width * (5 if job.kind == "train" else 1),
+            "choices": choices * (NEEDED + AGAIN if job.kind == "train" else 1)}
 
 
 def _sent(job: Job, plan: Plan, mla: MLAConfig) -> float:
