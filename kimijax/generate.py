@@ -20,7 +20,7 @@ from kimijax.ops.attend import Ops
 from kimijax.ops.rope import MAX_POSITION
 from kimijax.sampling import Sampling, knobs, row_keys, sample
 
-LARGEST_CHUNK = 2048
+CHUNK = 2048
 GREEDY = Sampling(temperature=0.0)
 
 
@@ -30,10 +30,10 @@ class Decoder:
     def __init__(self, cfg: ModelConfig, ops: Ops, dtype: jnp.dtype):
         self.cfg, self.ops, self.dtype = cfg, ops, dtype
         self.model = Model(cfg, ops, dtype)
-        self.prefill = jax.jit(self._prefill, donate_argnums=1)
-        self.step = jax.jit(self._step, donate_argnums=(1, 3))
-        self.pick = jax.jit(self._pick, donate_argnums=1)
-        self.empty = jax.jit(self._empty, static_argnums=(0, 1))
+        self.prefill = ops.jit(self._prefill, donate_argnums=1)
+        self.step = ops.jit(self._step, donate_argnums=(1, 3))
+        self.pick = ops.jit(self._pick, donate_argnums=1)
+        self.empty = ops.jit(self._empty, static_argnums=(0, 1))
 
     def _empty(self, rows, capacity):
         return self.ops.deal(empty_cache(self.cfg, rows, capacity, self.dtype, self.ops.ways))
@@ -75,18 +75,20 @@ def generate(
     prompts: list[np.ndarray],
     new: int,
     sampling: Sampling = GREEDY,
+    chunk: int = CHUNK,
 ) -> Iterator[np.ndarray]:
     """Yield the next token of every row, int32 b, `new` times.
 
     prompts  1-D token arrays, each at least one long; UserError for tokens outside the vocabulary
              and where no position would be left for the last new token
+    chunk    tokens of the prompts in a call, at most, before rounding up to a run of each device
     """
     for prompt in prompts:
         check_tokens(programs.cfg, np.asarray(prompt))
     asked = len(prompts)
     prompts = [*prompts, *[np.zeros(0, np.int32)] * (-asked % programs.ops.batch)]
     how, seed = knobs([sampling] * len(prompts)), np.uint32(sampling.seed)
-    cache, logits = read_prompts(programs, params, prompts, new)
+    cache, logits = read_prompts(programs, params, prompts, new, chunk)
     seen = None
     if sampling.repetition_penalty != 1.0:
         marks = np.zeros((len(prompts), programs.cfg.vocab), bool)
@@ -103,7 +105,7 @@ def generate(
 
 
 def read_prompts(
-    programs: Decoder, params: dict, prompts: list[np.ndarray], room: int
+    programs: Decoder, params: dict, prompts: list[np.ndarray], room: int, chunk: int = CHUNK
 ) -> tuple[Cache, jax.Array]:
     """A cache that holds the prompts with `room` free slots a row, and the logits after each.
 
@@ -111,7 +113,7 @@ def read_prompts(
     """
     lengths = np.array([len(p) for p in prompts])
     check_room(int(lengths.max()), room)
-    chunk = chunk_length(programs.cfg, int(lengths.max()), programs.ops.ways)
+    chunk = chunk_length(programs.cfg, int(lengths.max()), programs.ops.ways, chunk)
     capacity = max(chunk, int(lengths.max()) + room)
     cache, logits = programs.empty(len(prompts), capacity), None
     for start in range(0, int(lengths.max()), chunk):
@@ -133,8 +135,8 @@ def check_room(longest: int, new: int) -> None:
         )
 
 
-def chunk_length(cfg: ModelConfig, longest: int, ways: int = 1) -> int:
+def chunk_length(cfg: ModelConfig, longest: int, ways: int = 1, most: int = CHUNK) -> int:
     """Tokens of a prefill call: a multiple of a run for each device, near the prompt's length."""
     run = run_length(cfg) * ways
-    size = min(LARGEST_CHUNK, 1 << max(4, (longest - 1).bit_length()))
+    size = min(most, 1 << max(4, (longest - 1).bit_length()))
     return -(-size // run) * run

@@ -43,10 +43,10 @@ class Step:
             raise UserError(f"chunk {chunk} must be a multiple of {run}, the run of this model")
         self.cfg, self.ops, self.chunk = cfg, ops, chunk
         self.model = Model(cfg, ops)
-        self.read = jax.jit(self._read, donate_argnums=1)
-        self.extend = jax.jit(self._extend, donate_argnums=2)
-        self.fork = jax.jit(self._fork, static_argnums=1)
-        self.empty = jax.jit(self._empty, static_argnums=(0, 1))
+        self.read = ops.jit(self._read, donate_argnums=1)
+        self.extend = ops.jit(self._extend, donate_argnums=2)
+        self.fork = ops.jit(self._fork, static_argnums=1)
+        self.empty = ops.jit(self._empty, static_argnums=(0, 1))
 
     def _empty(self, rows, capacity):
         return self.ops.deal(empty_cache(self.cfg, rows, capacity, ways=self.ops.ways))

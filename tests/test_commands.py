@@ -68,13 +68,13 @@ def test_bfloat16_logits_are_near(kimijax, answers, tmp_path):
     assert np.median(off) < 0.05 * answers["logits"].std()
 
 
-def test_generated_tokens_of_an_array_and_of_a_conversion(kimijax, answers, tmp_path):
+def test_generated_tokens_of_an_array_of_a_conversion_and_in_chunks(kimijax, answers, tmp_path):
     np.save(tmp_path / "in.npy", answers["gen_prompt"])
     assert kimijax("convert", K2, tmp_path / "ours", "--to", "orbax")[0] == 0
-    for n, checkpoint in enumerate((K2, tmp_path / "ours")):
+    for n, (checkpoint, chunk) in enumerate(((K2, 2048), (tmp_path / "ours", 3))):
         code, _, errors = kimijax(
             "generate", "--checkpoint", checkpoint, "--tokens", tmp_path / "in.npy",
-            "--out", tmp_path / f"out{n}.npy", "--max_new", 16,
+            "--out", tmp_path / f"out{n}.npy", "--max_new", 16, "--chunk", chunk,
         )
         assert code == 0, errors
         want = np.concatenate([answers["gen_prompt"], answers["gen_tokens"]], 1)

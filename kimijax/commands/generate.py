@@ -25,6 +25,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     prompt.add_argument("--file", type=path, metavar="F", help="a text file")
     add("--out", type=path, metavar="OUT.npy", help="int32 [B, T + N], with --tokens")
     add("--chat", action="store_true", help="the text is a user's message, answered as one")
+    add("--chunk", type=int, default=2048, metavar="N",
+        help="read the prompt in calls of N tokens, rounded up to a run of the model on every "
+             "device (default: %(default)s)")
     add("--max_new", type=int, required=True, metavar="N", help="tokens to add")
     add("--temperature", type=float, default=0.0, help="0 (default): the likeliest token")
     add("--top_k", type=int, default=0, metavar="K", help="choose among the K likeliest")
@@ -56,6 +59,8 @@ def main(args: argparse.Namespace) -> int:
 
     if args.max_new < 1:
         raise UserError(f"--max_new must be at least 1, got {args.max_new}")
+    if args.chunk < 1:
+        raise UserError(f"--chunk must be at least 1, got {args.chunk}")
     if (args.tokens is None) != (args.out is None):
         raise UserError("--tokens and --out go together: arrays in, arrays out")
     if args.tokens is not None and (args.chat or args.stop):
@@ -92,7 +97,7 @@ def _arrays(args: argparse.Namespace, sampling, plan) -> None:
         loaded = load_checkpoint(args, plan)
         programs, params = _programs(args, loaded, plan)
         out[:, :length] = ids
-        tokens = generate(programs, params, list(ids), args.max_new, sampling)
+        tokens = generate(programs, params, list(ids), args.max_new, sampling, args.chunk)
         stopped = np.zeros(rows, bool)
         for i, token in enumerate(tqdm(tokens, total=args.max_new, unit="tok")):
             out[:, length + i] = np.where(stopped, out[:, length + i - 1], token)
@@ -114,7 +119,9 @@ def _text(args: argparse.Namespace, sampling, plan) -> None:
     programs, params = _programs(args, loaded, plan)
     ends = {*args.stop_ids, *tokenizer.eos}
     pieces, stops = StreamDecoder(tokenizer), StopStream(args.stop)
-    for token in generate(programs, params, [prompt], args.max_new, sampling):
+    for token in generate(
+        programs, params, [prompt], args.max_new, sampling, args.chunk
+    ):
         if int(token[0]) in ends:
             break
         print(stops.push(pieces.push(int(token[0]))), end="", flush=True)

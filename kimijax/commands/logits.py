@@ -47,7 +47,6 @@ def _write_logits(args: argparse.Namespace) -> None:
     from contextlib import nullcontext
     from pathlib import Path
 
-    import jax
     import jax.numpy as jnp
     import numpy as np
     from tqdm import tqdm
@@ -67,9 +66,9 @@ def _write_logits(args: argparse.Namespace) -> None:
         loaded = load_checkpoint(args, plan)
         ops, params = ops_of(args, plan), loaded.params
         model = Model(loaded.cfg, ops, jnp.dtype(args.dtype))
-        hidden = jax.jit(lambda p, call, runs: model.apply(p, **call, runs=runs).hidden,
+        hidden = ops.jit(lambda p, call, runs: model.apply(p, **call, runs=runs).hidden,
                          static_argnums=2)
-        head = jax.jit(lambda p, x: ops.whole(model.apply(p, x, method="head")))
+        head = ops.jit(lambda p, x: ops.whole(model.apply(p, x, method="head")))
         step = 1 if plan is None else plan.mesh.shape["data"]
         for first in tqdm(range(0, len(ids), step), unit="row", unit_scale=step):
             rows = ids[first : first + step]

@@ -30,8 +30,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--model", required=True, type=path, metavar="NAME|DIR",
         help="a preset, or a checkpoint directory, of which the config is read")
     add("--job", required=True, choices=("prefill", "decode", "train"),
-        help="prefill: a row read whole. decode: one token behind a cache. train: a step of Muon")
+        help="prefill: a row is read. decode: one token behind a cache. train: a step of Muon")
     add("--context", metavar="N[,N...]", help="tokens of a row. Default: the longest that fits")
+    add("--chunk", type=int, metavar="N",
+        help="tokens of a call of prefill, behind a cache. Default: rows are read whole, without")
     add("--topology", metavar="KIND:AxBxC",
         help="such as v5p:8x8x8 or v5e:4x4. Default: the smallest of --chip that fits")
     add("--chip", default="v5p",
@@ -100,7 +102,8 @@ def _estimates(args: argparse.Namespace) -> list[Estimate]:
             raise UserError(f"--{name} {getattr(args, name)}: must be above 0")
     pod = args.topology and pod_of(args.topology)
     if not args.context:
-        return [search.longest(_job(args, search.LEAST), pod, mesh, args.strategy)]
+        least = _job(args, max(search.LEAST, args.chunk or 0))
+        return [search.longest(least, pod, mesh, args.strategy)]
     jobs = [_job(args, _context(text)) for text in args.context.split(",")]
     if pod is None:
         return [search.smallest(job, args.chip, args.strategy) for job in jobs]
@@ -125,7 +128,7 @@ def _job(args: argparse.Namespace, context: int) -> Job:
     cfg = config_of(args.model)
     if args.weights:
         cfg = held(cfg, args.weights)
-    return Job(cfg, args.job, context, args.batch, args.dtype)
+    return Job(cfg, args.job, context, args.batch, args.dtype, args.chunk)
 
 
 def _write(target: str, facts: dict | list) -> None:

@@ -160,6 +160,11 @@ class Ops:
     runs: Callable[[int, int, int], int] = lambda t, run, least: 1  # pieces of a row of t tokens
     ways: int = 1  # devices over which the tokens of a row, or the slots of its cache, lie
     batch: int = 1  # devices over which rows lie: those of a call are a multiple of it
+    compiler: tuple[tuple[str, str], ...] = ()  # options of XLA for programs that serve
+
+    def jit(self, f: Callable, **how: Any) -> Callable:
+        """jax.jit of a program that serves, with the options of its devices."""
+        return jax.jit(f, compiler_options=dict(self.compiler) or None, **how)
 
 
 def usual_impl() -> str:

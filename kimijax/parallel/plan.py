@@ -28,7 +28,7 @@ from kimijax.errors import UserError
 from kimijax.model import Model, abstract_params
 from kimijax.ops.attend import EXPERTS, Ops, experts_by, known_impl, local, tiled
 from kimijax.ops.delta import delta_runs
-from kimijax.parallel import blocks, experts, rules
+from kimijax.parallel import blocks, compiler, experts, rules
 from kimijax.parallel.attend import STRATEGIES, check, known, sharded
 from kimijax.parallel.axes import Axes
 from kimijax.parallel.cost import Work, choose, explain, rates_of
@@ -190,6 +190,7 @@ def _ops(plan: Plan) -> Ops:
         runs=runs,
         ways=plan.ways,
         batch=plan.mesh.shape["data"],
+        compiler=compiler.serving(plan.mesh.devices.flat[0].device_kind),
     )
 
 

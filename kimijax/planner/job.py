@@ -26,13 +26,14 @@ RATE = 2e-4  # of learning: no size depends on it
 
 @dataclass(frozen=True)
 class Job:
-    """prefill: rows read whole, without a cache. decode: a token behind a cache. train: a step."""
+    """prefill: rows are read, whole or in chunks. decode: a token behind a cache. train: a step."""
 
     cfg: ModelConfig  # its weights in the form in which they are held
     kind: str
     context: int  # tokens of a row, or slots of its cache
     batch: int = 1
     dtype: str = "bfloat16"  # of activations, caches and, but in training, of float weights
+    chunk: int | None = None  # tokens of a row in a call of prefill, behind a cache; None: all
 
     def __post_init__(self):
         if not 1 <= self.context <= MAX_POSITION:
@@ -42,17 +43,32 @@ class Job:
             )
         if self.batch < 1:
             raise UserError(f"--batch {self.batch}: at least one row is needed")
+        if self.chunk is not None:
+            if self.kind != "prefill":
+                raise UserError(f"--chunk is of --job prefill, not of {self.kind}; leave it out")
+            if not 1 <= self.chunk <= self.context:
+                raise UserError(f"--chunk {self.chunk}: choose 1 to {self.context}, the context")
         if self.kind == "train" and self.cfg != expanded(self.cfg):
             raise UserError("train: quantised weights have no gradients; leave --weights at bf16")
 
     @property
     def order(self) -> str:
         """Of a row's tokens: even work for every device where rows are read whole."""
-        return "contiguous" if self.kind == "decode" else "zigzag"
+        return "contiguous" if self.cached else "zigzag"
+
+    @property
+    def cached(self) -> bool:
+        """Whether its calls stand behind a cache of `context` slots."""
+        return self.kind == "decode" or self.chunk is not None
+
+    @property
+    def calls(self) -> int:
+        """In which a row is read; 1 elsewhere."""
+        return 1 if self.chunk is None else -(-self.context // self.chunk)
 
     @property
     def tokens(self) -> int:
-        """New ones of a call or a step, all rows."""
+        """New ones of a step, or of all calls, all rows."""
         return self.batch * (1 if self.kind == "decode" else self.context)
 
 
@@ -119,7 +135,7 @@ def _weights(cfg: ModelConfig, dtype: jnp.dtype, train: bool, mesh):
 
 @functools.lru_cache(maxsize=16)
 def cache(job: Job, plan: Plan) -> Cache:
-    """The abstract cache of a decode job, at its places."""
+    """The abstract cache of a job that has one, at its places."""
     made = _cache(job, plan.ways)
     return shapes(made, plan.cache_shardings(made))
 

@@ -8,7 +8,7 @@ device's tokens n: the compiler reuses memory, so of the stages of a layer the l
     attention            n h (4 (k + p) w + 6 v 4)          queries, float32 Partials, moved copies
     feed-forward         3 n f w
     experts              rows (d + 2 f) w, or (2 rows +     rows of tokens at experts here, rows'
-                           rows') d w when they go back     with the choices of one padded to 8
+                           rows') d w when they go back     with the choices of one in tiles
     a training's layer   twice the stage; its weights and   all float32: the compiler gathers before
                            two thirds of their gradients    it casts, which doubles what is sent
 """
@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.tree_util import DictKey, tree_flatten_with_path
 
-from kimijax.cache import LARGE
+from kimijax.cache import LARGE, run_length
 from kimijax.config import (
     CompressedConfig,
     KDAConfig,
@@ -61,7 +61,7 @@ def bytes_per_device(job: Job, plan: Plan) -> dict[str, float]:
     found = {"weights": device_bytes(params)}
     if job.kind == "train":
         found |= _training(job, params)
-    if job.kind == "decode":
+    if job.cached:
         found |= _cached(job, plan)
     found |= _working(job, plan, params)
     return found | {"experts copied": copied_experts(job, params)[0]}
@@ -78,7 +78,7 @@ def copied_experts(job: Job, params) -> tuple[float, float]:
     Behind a cache none is. Elsewhere a scan over layers hands `grouped_matmul` a slice, which is a
     copy: one matrix after the other.
     """
-    if job.kind == "decode":
+    if job.cached:
         return 0.0, 0.0
     found = [(leaf_bytes(x), x.shape[0]) for p, x in tree_flatten_with_path(params)[0]
              if is_expert(p, x)]
@@ -127,7 +127,7 @@ def _working(job: Job, plan: Plan, params) -> dict[str, float]:
     if train:
         found["gathered"] = _gathered(params)
         found["layer inputs"] = len(layers) * n * d * width
-    if job.kind != "decode" and plan.ways > 1:
+    if not job.cached and plan.ways > 1:
         found["ring buffers"] = max(_ring(layer, n, width, train) for layer in set(layers))
     logits = (min(n, TOKENS) if train else job.batch) * job.cfg.vocab / plan.mesh.shape["tensor"]
     found["logits"] = passes * 4 * logits
@@ -158,12 +158,18 @@ def dealt_ways(x: jax.ShapeDtypeStruct) -> int:
 
 
 def tokens_of_device(job: Job, plan: Plan) -> int:
-    """Of a call: those of a decode step are on every device of a row."""
+    """Of a call: those of a decode step are on every device of a row. UserError: not so dealt."""
     data = plan.mesh.shape["data"]
     if job.kind != "decode" and job.batch % data:
         raise UserError(f"--batch {job.batch} is no multiple of data = {data}; add rows")
     rows = job.batch // data if job.batch % data == 0 else job.batch
-    return rows if job.kind == "decode" else rows * jobs.row(job, plan)[0] // plan.ways
+    if job.kind == "decode":
+        return rows
+    if job.chunk is None:
+        return rows * jobs.row(job, plan)[0] // plan.ways
+    if job.chunk % (least := run_length(job.cfg) * plan.ways):
+        raise UserError(f"--chunk {job.chunk} is no multiple of {least}, a run for each device")
+    return rows * job.chunk // plan.ways
 
 
 def stages(job: Job, plan: Plan, layer: LayerConfig) -> tuple[float, float]:
@@ -192,10 +198,17 @@ def _experts(job: Job, plan: Plan, moe: MoEConfig, n: int, width: int) -> float:
     """Rows of tokens at experts here: in and out of the products, and brought back in order."""
     tokens, choices = at_experts(job, plan, moe, n)
     rows, d = tokens * choices, job.cfg.width
-    padded = tokens * -(-choices // SUBLANES) * SUBLANES
     inside = rows * (d + 2 * moe.width / plan.mesh.shape["tensor"])
-    back = (2 * rows + padded) * d
-    return (max(inside, back) + 2 * tokens * d) * width
+    back = (2 * rows + tokens * _padded(choices)) * d
+    return (max(inside, back) + tokens * d) * width
+
+
+def _padded(choices: int) -> int:
+    """Rows of a token's choices that come into tiles of their own; 0: they lie so already."""
+    if choices % SUBLANES == 0:
+        return 0
+    whole = 1 << (choices - 1).bit_length()  # there are tiles of 1, 2 and 4 rows too
+    return whole if choices < SUBLANES else -(-choices // SUBLANES) * SUBLANES
 
 
 def at_experts(job: Job, plan: Plan, moe: MoEConfig, n: int) -> tuple[int, int]:

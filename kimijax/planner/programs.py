@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
+from kimijax.generate import decoder
 from kimijax.model import Model
 from kimijax.optim import muon
 from kimijax.parallel.plan import Plan
@@ -21,7 +22,15 @@ def lower(job: Job, plan: Plan) -> jax.stages.Lowered:
 
 
 def prefill(job: Job, plan: Plan) -> jax.stages.Lowered:
-    """Hidden states of whole rows, as `kimijax logits` has them, and logits of what follows."""
+    """Hidden states of whole rows, as `kimijax logits` has them, and logits of what follows.
+
+    In chunks: a call of `kimijax generate`, which reads one behind a cache that is donated.
+    """
+    if job.chunk is not None:
+        read = decoder(job.cfg, plan.ops(), jnp.dtype(job.dtype)).prefill
+        ids = jax.ShapeDtypeStruct((job.batch, job.chunk), jnp.int32)
+        live = jax.ShapeDtypeStruct((job.batch,), jnp.int32)
+        return read.lower(jobs.weights(job, plan), jobs.cache(job, plan), ids, live)
     model = Model(job.cfg, plan.ops(), jnp.dtype(job.dtype))
     ids, runs = rows(job, plan)
     last = jobs.place_of_last(job, plan)
@@ -30,7 +39,7 @@ def prefill(job: Job, plan: Plan) -> jax.stages.Lowered:
         hidden = model.apply(params, ids, pos, seg, runs=runs).hidden
         return hidden, model.apply(params, hidden[:, last], method="head")
 
-    return jax.jit(read).lower(jobs.weights(job, plan), ids, ids, ids)
+    return plan.ops().jit(read).lower(jobs.weights(job, plan), ids, ids, ids)
 
 
 def decode(job: Job, plan: Plan) -> jax.stages.Lowered:
@@ -43,7 +52,7 @@ def decode(job: Job, plan: Plan) -> jax.stages.Lowered:
         logits = model.apply(params, out.hidden[:, -1], method="head")
         return logits, plan.ops().deal(out.cache)
 
-    return jax.jit(step, donate_argnums=1).lower(
+    return plan.ops().jit(step, donate_argnums=1).lower(
         jobs.weights(job, plan), jobs.cache(job, plan), token
     )
 

@@ -114,7 +114,8 @@ _ROW = re.compile(r"^\s*[\d.]+\w*\(\s*\d+%\);\s*([\d.]+)([KMGT])iB;[^;]*;[^;]*; 
 
 def buffers(report: str) -> tuple[Buffer, ...]:
     """The largest temporaries: the arrays of the block of memory that holds most of them."""
-    blocks = [_ROW.findall(block) for block in report.split("cumulative_size;")]
+    hbm = re.split(r"^Memory Space: (?!default)", report, flags=re.M)[0]  # VMEM is another
+    blocks = [_ROW.findall(block) for block in hbm.split("cumulative_size;")]
     rows = max(blocks, key=len, default=[])
     return tuple(
         Buffer(float(size) * UNITS[unit], shapes) for size, unit, shapes in rows[:LARGEST]

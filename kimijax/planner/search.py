@@ -109,8 +109,8 @@ def smallest(job: Job, chip: str, strategy: str | None = None) -> Estimate:
 def longest(
     job: Job, pod: Pod, mesh: dict[str, int] | None = None, strategy: str | None = None
 ) -> Estimate:
-    """With the longest context that fits. UserError: not even the shortest does."""
-    best(replace(job, context=LEAST), pod, mesh, strategy)  # or says why not
+    """With the longest context, from that of the job on. UserError: not even that fits."""
+    best(job, pod, mesh, strategy)  # or says why not
     which = [mesh] if mesh else list(meshes(job, pod))
 
     def fitting(context: int) -> list[dict[str, int]]:
@@ -120,16 +120,17 @@ def longest(
             return []
         return [e.mesh for e in found if e.fits]
 
-    context = _largest(fitting, lambda found: which.__setitem__(slice(None), found))
+    context = _largest(job.context, fitting, lambda found: which.__setitem__(slice(None), found))
     return best(replace(job, context=context), pod, mesh, strategy)
 
 
-def _largest(fitting: Callable[[int], list], keep: Callable[[list], None]) -> int:
+def _largest(
+    context: int, fitting: Callable[[int], list], keep: Callable[[list], None]
+) -> int:
     """The largest context that some mesh fits: doubled, then in steps of a part of itself.
 
     keep  is told what fits: what does not will not fit more
     """
-    context = LEAST
     while context < MAX_POSITION and (found := fitting(2 * context)):
         keep(found)
         context *= 2

@@ -82,7 +82,7 @@ def _newton_schulz(cfg: ModelConfig) -> float:
 
 
 def device_flops(job: Job, plan: Plan) -> float:
-    """Of the call or step on one device, latents projected again included."""
+    """Of all calls or a step on one device, latents projected again included."""
     each = flops_per_token(job)
     devices = plan.mesh.size
     if job.kind != "decode":
@@ -109,6 +109,8 @@ def _projected(job: Job, plan: Plan) -> float:
             return 0.0
         w = attention_of(job, plan, layer.mixer)
         once = 2.0 * w.tokens * w.heads * w.latent * (w.key + w.value)
+        if job.chunk:  # every call projects what is there: half of the slots in the mean
+            return once / w.ways * job.calls / 2
         return once * (1 / groups(w).get(plan.strategy, 1) - 1 / w.ways)
 
     total = sum(job.cfg.of_layers(one))
@@ -128,14 +130,14 @@ def strategy_of(job: Job, plan: Plan, pod: Pod) -> str:
     mixers = {layer.mixer for layer in job.cfg.layers}
     plain = any(isinstance(m, WindowConfig) and m.window is None for m in mixers)
     mla = [m for m in mixers if isinstance(m, MLAConfig)]
-    if job.kind == "decode" or plan.ways == 1 or plain or not mla:
+    if job.cached or plan.ways == 1 or plain or not mla:
         return "ring"
     largest = max(mla, key=lambda m: m.heads)
     return choose(attention_of(job, plan, largest), DEVICES[pod.name])[0]
 
 
 def hbm_bytes(job: Job, plan: Plan) -> dict[str, float]:
-    """That a device reads and writes in the call or step."""
+    """That a device reads and writes in all calls or a step."""
     params = jobs.weights(job, plan)
     passes = NEEDED + AGAIN - 1 if job.kind == "train" else 1
     rows = tokens_of_device(job, plan)
@@ -145,9 +147,13 @@ def hbm_bytes(job: Job, plan: Plan) -> dict[str, float]:
             dense += rows * job.cfg.width * x.dtype.itemsize
         elif not is_expert(path, x):
             dense += leaf_bytes(x)
+    passes *= job.calls
     found = {"weights": passes * dense, "experts": passes * routed}
+    if job.cached:
+        # Slots are dealt in stripes: of all devices' as many are filled.
+        found["cache"] = _cache_read(job, plan) * (job.calls / 2 if job.chunk else 1)
     if job.kind == "decode":
-        return found | {"cache": _cache_read(job, plan)}
+        return found
     arrays = sum(job.cfg.of_layers(lambda layer: sum(stages(job, plan, layer))))
     found["arrays"] = 2.0 * passes * arrays
     if job.kind == "train":
@@ -190,11 +196,11 @@ def _experts_read(job: Job, plan: Plan, params) -> float:
 
 
 def link_bytes(job: Job, plan: Plan) -> dict[str, float]:
-    """That a device sends in the call or step: "ring" over one link, the rest over all."""
+    """That a device sends in all calls or a step: "ring" over one link, the rest over all."""
     total: dict[str, float] = {}
     for parts in job.cfg.of_layers(lambda layer: layer_links(job, plan, layer)):
         for part, x in parts.items():
-            total[part] = total.get(part, 0.0) + x
+            total[part] = total.get(part, 0.0) + job.calls * x
     if job.kind == "train":
         total["weights"] = _gathered(job, plan)
     if job.kind == "decode":
@@ -206,17 +212,21 @@ def link_bytes(job: Job, plan: Plan) -> dict[str, float]:
 
 
 def layer_links(job: Job, plan: Plan, layer: LayerConfig) -> dict[str, float]:
-    """Of one layer, all passes."""
+    """Of one layer and call, all passes."""
     n, width = tokens_of_device(job, plan), jnp.dtype(job.dtype).itemsize
     ways, tensor = plan.ways, plan.mesh.shape["tensor"]
     train = job.kind == "train"
     times = NEEDED + AGAIN if train else 1
     all_reduce = lambda size, among: 2.0 * size * (1 - 1 / among)  # noqa: E731
     found = {"tensor": times * 2 * all_reduce(n * job.cfg.width * width, tensor)}
-    rows = n / max(jobs.row(job, plan)[0] // ways, 1) if job.kind != "decode" else n
+    rows = n / max(jobs.row(job, plan)[0] // ways, 1) if not job.cached else n
     match layer.mixer:
         case MLAConfig(heads=h, v_dim=v) if job.kind == "decode":
             found["partials"] = all_reduce(n * h / tensor * (v + 1) * 4, ways)
+        case MLAConfig(heads=h, nope_dim=k, rope_dim=p, v_dim=v) if job.cached:
+            # Queries of all devices come to the slots of each, a share of their Partials goes back.
+            found["queries"] = n * (ways - 1) * h / tensor * (k + p) * width
+            found["partials"] = n * (ways - 1) * h / tensor * (v + 1) * 4
         case MLAConfig() as mla if ways > 1:
             once = _sent(job, plan, mla) * rows
             found["ring"] = once * (2 + 1 + RING_FLOATS if train else 1)
@@ -225,8 +235,8 @@ def layer_links(job: Job, plan: Plan, layer: LayerConfig) -> dict[str, float]:
         case CompressedConfig() as c:
             found |= _chosen_links(job, plan, c, n)
         case KDAConfig(heads=h, head_dim=k) if ways > 1 and job.kind != "decode":
-            runs = jobs.row(job, plan)[1]
-            found["state"] = times * rows * (ways - 1) / ways * runs * h / tensor * 2 * k * k * 4
+            among, runs = (job.batch, ways) if job.cached else (rows, jobs.row(job, plan)[1])
+            found["state"] = times * among * (ways - 1) / ways * runs * h / tensor * 2 * k * k * 4
     if isinstance(layer.ffn, MoEConfig):
         found["experts"] = times * _exchanged(job, plan, layer.ffn, n * job.cfg.width * width)
     return found
