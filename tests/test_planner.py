@@ -200,6 +200,22 @@ def test_a_token_reads_of_a_compressed_cache_the_chosen_blocks_and_the_index():
     assert long - short == pytest.approx(2**20 * (keys + positions), rel=0.001)
 
 
+def test_a_prefill_in_chunks_stands_behind_its_cache_and_works_on_a_chunk():
+    pod, mesh = pod_of("v6e:8x16"), {"data": 1, "seq": 1, "expert": 32, "tensor": 4}
+    jobs = [Job(presets.kimi_k2(), "prefill", 2**21, chunk=c) for c in (None, 8192, 16_384)]
+    whole, short, long = (estimate(job, pod, mesh) for job in jobs)
+    token = estimate(dataclasses.replace(jobs[0], kind="decode"), pod, mesh)
+    for e in (short, long):
+        assert e.fits and e.parts["latents"] == token.parts["latents"]
+        assert e.job.tokens == 2**21 and e.flops_per_token == whole.flops_per_token
+    assert not whole.fits and "latents" not in whole.parts
+    assert long.parts["activations"] == pytest.approx(2 * short.parts["activations"], rel=0.01)
+    # Twice as many calls read all weights twice as often, and send as much in all.
+    assert short.hbm["weights"] == pytest.approx(2 * long.hbm["weights"], rel=0.01)
+    for part in ("queries", "partials", "tensor"):
+        assert short.links[part] == pytest.approx(long.links[part], rel=1e-6)
+
+
 def test_planning_k2_takes_a_moment():
     """Of CPU, the model traced once before: every mesh of 512 chips, for three jobs."""
     cfg, pod = presets.kimi_k2(), pod_of("v5p:8x8x8")
@@ -259,6 +275,9 @@ def test_the_command_writes_what_it_prints(kimijax, tmp_path):
          "cannot deal 4 heads over 8 devices; choose one of ring"),
         ("--model kimi_k2_tiny --context 4096 --topology v5e:2x2 --mesh seq=4 --strategy star",
          "strategy 'star'"),
+        ("--model kimi_k2_tiny --context 4096 --topology v5e:2x2 --mesh seq=4 --chunk 2",
+         "--chunk 2 is no multiple of 4"),
+        ("--model kimi_k2_tiny --context 4096 --topology v5e:2x2 --chunk 8192", "the context"),
         ("--model kimi_k2_tiny --context 4096 --topology v5e:2x2 --mesh tensor=4 --json /no/x",
          "cannot be written"),
     ],
@@ -275,3 +294,11 @@ def test_quantised_weights_are_not_trained(kimijax):
         "v5e:2x2", "--weights", "int4",
     )
     assert code == 2 and "have no gradients" in errors
+
+
+def test_a_chunk_is_of_prefill(kimijax):
+    code, _, errors = kimijax(
+        "plan", "--model", "kimi_k2_tiny", "--job", "decode", "--context", 64, "--topology",
+        "v5e:2x2", "--chunk", 16,
+    )
+    assert code == 2 and "--chunk is of --job prefill" in errors
