@@ -111,7 +111,7 @@ def printed(step) -> str:
 def _run(plan, manifest: str | None) -> None:
     programs = {step.argv[0] for step in plan.steps}
     if missing := [name for name in sorted(programs) if shutil.which(name) is None]:
-        raise UserError(f"{' and '.join(missing)} not installed: install it, or see the commands "
+        raise UserError(f"{' and '.join(missing)} not installed; do so, or see the commands "
                         "with --dry_run")
     if manifest:
         Path(manifest).write_text(json.dumps(plan.manifest, indent=1) + "\n")

@@ -70,6 +70,6 @@ def slice_of(topology: str) -> Slice:
     usual = [p.topology for p in pods(pod.name) if p.chips != 2]
     if topology not in usual:
         near = difflib.get_close_matches(topology, usual, 3, 0.0)
-        raise UserError(f"--topology {topology}: {NAMES[pod.name].prefix} is to be had as "
-                        f"{', '.join(near)} and other powers of two")
+        raise UserError(f"--topology {topology}: {pod.name} is to be had as {', '.join(near)} and "
+                        "other powers of two")
     return Slice(pod)
