@@ -15,8 +15,10 @@ import pytest
 
 from experiments.pod.entry import command_of
 from experiments.pod.environment import ALONE, Place, of_tpu_vm, place_of
+from kimijax.checkpoint.places import locate
 from kimijax.errors import UserError
 from kimijax.train.log import read_log
+from tests import bucket as buckets
 from tests.parallel.test_processes import free_port
 
 ROOT = Path(__file__).parents[2]
@@ -142,35 +144,45 @@ def until(ready, *running: subprocess.Popen) -> None:
         time.sleep(0.01)
 
 
-def job(out: Path, port: int, *which: int) -> list[subprocess.Popen]:
+def job(out: str, notes: Path, port: int, *which: int) -> list[subprocess.Popen]:
     return [
-        entry("--pause", 0.1, "--", "tests.pod.tiny", "--out", out, "--mesh", "seq=2",
-              place=f"KIMIJAX_COORDINATOR=127.0.0.1:{port} KIMIJAX_PROCESSES=2 "
-                    f"KIMIJAX_PROCESS={index}")
+        entry("--pause", 0.1, "--", "tests.pod.tiny", "--out", out, "--notes", notes, "--mesh",
+              "seq=2", place=f"KIMIJAX_COORDINATOR=127.0.0.1:{port} KIMIJAX_PROCESSES=2 "
+              f"KIMIJAX_PROCESS={index}")
         for index in which
     ]
 
 
-def steps(out: Path) -> int:
-    log = out / "metrics.jsonl"
+def steps(out: str) -> int:
+    log = locate(out) / "metrics.jsonl"
     return log.read_text().count("\n") if log.exists() else 0
 
 
-def losses(out: Path) -> list[float]:
-    return [line["loss"] for line in read_log(out / "metrics.jsonl")]
+def losses(out: str) -> list[float]:
+    return [line["loss"] for line in read_log(locate(out) / "metrics.jsonl")]
 
 
-def test_a_job_that_loses_processes_ends_as_one_that_does_not(tmp_path):
+@pytest.fixture(params=["disk", pytest.param("bucket", marks=pytest.mark.slow)])
+def out(request, tmp_path):
+    """Where the run that is cut is kept."""
+    if request.param == "disk":
+        yield str(tmp_path / "cut")
+    else:
+        with buckets.bucket():
+            yield "gs://bkt/cut"
+
+
+def test_a_job_that_loses_processes_ends_as_one_that_does_not(out, tmp_path):
     """One is killed; then a host is told to go, and comes back."""
-    whole, out, port = tmp_path / "whole", tmp_path / "cut", free_port()
-    for process in job(whole, free_port(), 0, 1):
+    whole, notes, port = tmp_path / "whole", tmp_path / "notes", free_port()
+    for process in job(str(whole), whole, free_port(), 0, 1):
         said, _ = process.communicate(timeout=120)
         assert process.returncode == 0, said
-    first, second = job(out, port, 0, 1)
+    first, second = job(out, notes, port, 0, 1)
     until(lambda: steps(out) >= 8, first, second)
-    killed = (out / "pid1").read_text()
+    killed = (notes / "pid1").read_text()
     os.kill(int(killed), signal.SIGKILL)
-    until(lambda: (out / "pid1").read_text() not in ("", killed), first, second)
+    until(lambda: (notes / "pid1").read_text() not in ("", killed), first, second)
     until(lambda: steps(out) >= 16, first, second)
     first.send_signal(signal.SIGTERM)
     said, _ = first.communicate(timeout=60)
@@ -178,10 +190,10 @@ def test_a_job_that_loses_processes_ends_as_one_that_does_not(tmp_path):
     assert "error: process 1 of 2 is gone" in said and "ended with exit code 75; again in" in said
     assert re.search(r"stopped after step \d+ of 40, state saved", said), said
     assert second.poll() is None and steps(out) < 40
-    again, = job(out, port, 0)
+    again, = job(out, notes, port, 0)
     for process in (again, second):
         said, _ = process.communicate(timeout=120)
         assert process.returncode == 0, said
     assert "ended with SIGKILL; again" in said and "ended with exit code 130; again" in said
-    assert len(losses(out)) == 40 and losses(out) == losses(whole)
-    np.testing.assert_array_equal(np.load(out / "w.npy"), np.load(whole / "w.npy"))
+    assert len(losses(out)) == 40 and losses(out) == losses(str(whole))
+    np.testing.assert_array_equal(np.load(notes / "w.npy"), np.load(whole / "w.npy"))

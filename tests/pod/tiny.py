@@ -1,6 +1,6 @@
 """A run of the loop over several processes, milliseconds a step, each with batches of its own.
 
-python -m tests.pod.tiny --out DIR --mesh seq=2 [--coordinator ... --processes 2 --process 0]
+python -m tests.pod.tiny --out DIR --notes DIR --mesh seq=2 [--coordinator ... --processes 2 ...]
 """
 
 import argparse
@@ -20,6 +20,7 @@ from kimijax.commands.processes import job_of
 from kimijax.parallel.mesh import make_mesh, parse_mesh
 from kimijax.parallel.processes import is_first
 from kimijax.train import Interrupted, Phase, Saves, fit
+from tests import bucket as buckets
 from tests.toy import Walk
 
 STEPS = 40
@@ -51,14 +52,16 @@ class Part:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options."""
-    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--out", required=True)
+    parser.add_argument("--notes", type=Path, required=True, help="who runs, and what comes of it")
     add_mesh(parser)
 
 
 def main(args: argparse.Namespace) -> int:
-    """Train; saved every third step; OUT/w.npy is what comes of it."""
-    args.out.mkdir(parents=True, exist_ok=True)
-    (args.out / f"pid{args.process}").write_text(str(os.getpid()))
+    """Train; saved every third step."""
+    buckets.reach()
+    args.notes.mkdir(parents=True, exist_ok=True)
+    (args.notes / f"pid{args.process}").write_text(str(os.getpid()))
     with job_of(args):
         mesh = make_mesh(parse_mesh(args.mesh))
         whole, dealt = (NamedSharding(mesh, PartitionSpec(*axes)) for axes in ((), ("seq",)))
@@ -79,7 +82,7 @@ def main(args: argparse.Namespace) -> int:
             return 130
         w = jax.jit(lambda w: w, out_shardings=whole)(end.w)
         if is_first():
-            np.save(args.out / "w.npy", np.asarray(w))
+            np.save(args.notes / "w.npy", np.asarray(w))
     return 0
 
 
