@@ -60,7 +60,7 @@ def test_a_run_in_a_bucket_is_the_run_on_a_disk(held, tmp_path):
     assert names(held) == {"step_00000003", "step_00000006"}
     kept = json.loads(held["bkt/runs/toy/run.json"])
     assert kept == {"a": 1} and len(said(RUN)) == 6
-    got = run(RUN, profile=range(9, 10))
+    got = run(RUN, profile=range(9, 10), tensorboard=True)
     np.testing.assert_array_equal(got.params["w"], want.params["w"])
     assert said(RUN) == said(tmp_path) and len(said(RUN)) == sum(STEPS)
     assert names(held) == {"step_00000021", "step_00000024"}
@@ -68,6 +68,7 @@ def test_a_run_in_a_bucket_is_the_run_on_a_disk(held, tmp_path):
     assert (found.step, found.beside) == (wanted.step, wanted.beside)
     np.testing.assert_array_equal(found.state.params["w"], wanted.state.params["w"])
     assert any(x.startswith("bkt/runs/toy/profile/") and x.endswith(".xplane.pb") for x in held)
+    assert any(x.startswith("bkt/runs/toy/tensorboard/events") for x in held)
     with pytest.raises(UserError, match="gs://bkt/runs/toy holds another run"):
         fit(start(), phases(), RUN, {"a": 2})
 

@@ -12,7 +12,7 @@ from experiments.pod.slices import Slice
 from kimijax.errors import UserError
 
 ROOT = Path(__file__).parents[2]
-MOUNT = "/bucket"  # where a host sees the bucket
+MOUNT = "/bucket"  # where a host sees the bucket, to read data from
 UNIT = "kimijax"  # of systemd, on a TPU VM
 RESTARTS = 100  # of all hosts at once, by Kubernetes
 
@@ -49,11 +49,15 @@ class Job:
     reuse: bool = False
 
     def entry(self, python: str, *options: str) -> list[str]:
-        """What every host starts. Paths in the bucket become those in its mount."""
+        """What every host starts. Paths in the bucket become those in its mount, but for --out."""
         ours = re.compile(rf"gs://{re.escape(self.bucket)}(?![-_.\w])")
-        command = [ours.sub(MOUNT, text) for text in self.command]
-        if other := [text for text in command if "gs://" in text]:
-            raise UserError(f"{other[0]!r:.200}: gs://{self.bucket} is the bucket that hosts mount")
+        command = []
+        for before, text in zip(["", *self.command], self.command, strict=False):
+            if before != "--out" and not text.startswith("--out="):
+                text = ours.sub(MOUNT, text)
+                if "gs://" in text:
+                    raise UserError(f"{text!r:.200}: gs://{self.bucket} is what hosts mount")
+            command.append(text)
         return [python, "-m", "experiments.pod.entry", *options, "--", *command]
 
 

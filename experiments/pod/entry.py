@@ -1,6 +1,6 @@
 """What every host of a job starts: a module of ours, begun again when another process is lost.
 
-  python -m experiments.pod.entry -- experiments.pretrain --model ... --mesh ... --out /bucket/run
+  python -m experiments.pod.entry -- experiments.pretrain --model ... --mesh ... --out gs://B/run
   KIMIJAX_COORDINATOR=a:8482 KIMIJAX_PROCESSES=2 KIMIJAX_PROCESS=0 \\
       python -m experiments.pod.entry -- experiments.pretrain ...        # and 1, on another machine
 

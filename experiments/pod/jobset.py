@@ -10,8 +10,7 @@ from experiments.pod.slices import Slice
 from kimijax.errors import UserError
 
 GRACE = 600  # seconds from SIGTERM to SIGKILL; of spot nodes Kubernetes leaves 25
-# A bucket has other writers, the other hosts: nothing about it is remembered.
-MOUNT_OPTIONS = "implicit-dirs,metadata-cache:ttl-secs:0"
+MOUNT_OPTIONS = "implicit-dirs"  # objects need no directory
 
 
 def jobset(

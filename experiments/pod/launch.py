@@ -10,6 +10,12 @@
 What runs is the commit of this checkout, or --image. --dry_run prints a shell script, runs nothing
 and needs no cloud. Every host starts experiments.pod.entry, which joins them and begins again after
 what a pod does to its hosts; the program goes on from its last save.
+
+--out gs://... is written without a mount (kimijax/checkpoint/places.py); other paths in the bucket
+are read from its mount. Metrics arrive there with each save, as do TensorBoard's events; --profile
+10-12 of a program brings a trace of every host. To see them: tensorboard --logdir gs://B/runs/k2,
+with xprof installed for the traces. Make the bucket in the region of the slice:
+gcloud storage buckets create gs://B --location=us-east5 --uniform-bucket-level-access
 """
 
 import argparse

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# On every host of a TPU VM: the bucket mounted at MOUNT, this checkout installed into .venv.
+# On every host of a TPU VM: the bucket at MOUNT, for data, and this checkout in .venv.
 # Usage: setup.sh BUCKET MOUNT; may be run again.
 set -euo pipefail
 bucket=$1 mount=$2
@@ -16,12 +16,11 @@ fi
 if ! mountpoint -q "$mount"; then
   sudo mkdir -p "$mount"
   sudo chown "$(id -u):$(id -g)" "$mount"
-  # A bucket has other writers, the other hosts: nothing about it is remembered.
-  gcsfuse --implicit-dirs --metadata-cache-ttl-secs=0 "$bucket" "$mount"
+  gcsfuse --implicit-dirs "$bucket" "$mount"
 fi
 
 # The images have Python 3.10. jax's extra [tpu] names its own libtpu, not that of [aot].
 python3 -m pip install -q --user uv
 python3 -m uv venv -q --clear --seed --python 3.12 .venv
 grep -v '^libtpu==' constraints.txt >.venv/constraints.txt
-.venv/bin/python -m pip install -q -c .venv/constraints.txt '.[tpu,text,train]'
+.venv/bin/python -m pip install -q -c .venv/constraints.txt '.[bucket,text,tpu,train]'

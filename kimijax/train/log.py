@@ -15,7 +15,7 @@ import numpy as np
 from tqdm import tqdm
 
 from kimijax.checkpoint.common import brief
-from kimijax.checkpoint.places import in_bucket
+from kimijax.checkpoint.places import in_bucket, upload
 from kimijax.errors import UserError
 from kimijax.parallel.processes import is_first
 from kimijax.train.phase import Phase
@@ -24,7 +24,7 @@ from kimijax.train.phase import Phase
 class Log:
     """A line per step in out/metrics.jsonl, a step late: it is fetched while the next one runs.
 
-    Nothing is appended to in a bucket: the lines are in a file here, and all of it there by `sync`.
+    Nothing is appended to in a bucket: all is in files here, which `sync` copies there.
 
     "seconds" are from one step's end to the next one's, as the loop notices them: where batches
     take longer than steps, a batch counts with the step before.
@@ -39,10 +39,12 @@ class Log:
         self, out: Path, done: int, total: int, seen: int, peak: float | None, tensorboard: bool
     ):
         self.path = out / "metrics.jsonl"
-        self._board = _board(out, done) if tensorboard and is_first() else None
-        self._folder = tempfile.TemporaryDirectory() if in_bucket(out) else None
-        local = Path(self._folder.name) / self.path.name if self._folder else self.path
-        self._file = _open_until(self.path, local, done) if is_first() else open(os.devnull, "w")
+        self._out, first = out, is_first()
+        self._folder = tempfile.TemporaryDirectory() if first and in_bucket(out) else None
+        local = Path(self._folder.name) if self._folder else out
+        self._board = _board(local, done) if tensorboard and first else None
+        log = local / self.path.name
+        self._file = _open_until(self.path, log, done) if first else open(os.devnull, "w")
         self._bar = tqdm(total=total, initial=seen, unit="tok", unit_scale=True)
         self._peak, self._held, self._since = peak, None, time.perf_counter()
 
@@ -54,11 +56,11 @@ class Log:
             self.write()
         self._bar.close()
         self._file.close()
+        if self._board is not None:
+            self._board.close()
         if self._folder is not None:
             self._upload()
             self._folder.cleanup()
-        if self._board is not None:
-            self._board.close()
 
     def step(self, step: int, phase: Phase, metrics: dict[str, jax.Array]) -> None:
         """Hold what a step will say, and write what the one before it said."""
@@ -100,14 +102,14 @@ class Log:
         if is_first():
             with _writing(self.path):
                 os.fsync(self._file.fileno())
-        self._upload()
         if self._board is not None:
             self._board.flush()
+        self._upload()
 
     def _upload(self) -> None:
-        if self._folder is not None and is_first():
+        if self._folder is not None:
             with _writing(self.path):
-                self.path.write_bytes(Path(self._file.name).read_bytes())
+                upload(Path(self._folder.name), self._out)
 
     def _put(self, text: str) -> None:
         with _writing(self.path):

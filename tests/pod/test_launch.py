@@ -23,7 +23,7 @@ JOB = ("--name k2 --topology v5p:4x4x4 --project my-proj --zone us-east5-a --buc
 MODULE = ["experiments.pretrain", "--data", "gs://bkt/a b=2,gs://bkt/c", "--mesh", "seq=64",
           "--out", "gs://bkt/runs/x"]
 CHILD = ["-m", "experiments.pod.entry", "--", "experiments.pretrain", "--data",
-         "/bucket/a b=2,/bucket/c", "--mesh", "seq=64", "--out", "/bucket/runs/x"]
+         "/bucket/a b=2,/bucket/c", "--mesh", "seq=64", "--out", "gs://bkt/runs/x"]
 
 
 def parsed(*more: str, job=JOB, module=MODULE) -> argparse.Namespace:
@@ -98,7 +98,7 @@ def test_a_workload_of_xpk(script):
     assert options(attach) == where | {
         "--type": "gcsfuse", "--bucket": "bkt", "--mount-point": "/bucket", "--readonly": "false",
         "--auto-mount": "false", "--size": "1",
-        "--mount-options": "implicit-dirs,metadata-cache:ttl-secs:0"}
+        "--mount-options": "implicit-dirs"}
     assert create[:3] == ["xpk", "workload", "create"]
     said = options(create)
     assert shlex.split(said.pop("--command")) == ["exec", "python", *CHILD]
@@ -162,7 +162,7 @@ def test_slices(topology, accelerator, hosts, chips):
         ({"--bucket": "gs://bkt/x"}, "--bucket 'gs://bkt/x': give gs://NAME"),
         ({"--bucket": "bkt"}, "--bucket 'bkt': give gs://NAME"),
         ({"--zone": "here"}, "--zone 'here': give a zone"),
-        ({"--out": "gs://bkt2/x"}, "'gs://bkt2/x': gs://bkt is the bucket that hosts mount"),
+        ({"--data": "gs://bkt2/x"}, "'gs://bkt2/x': gs://bkt is what hosts mount"),
         ({"module": "experiments.pretran"}, "near ones are experiments.pretrain"),
     ],
 )
