@@ -78,15 +78,17 @@ def test_what_a_save_left_unfinished_is_no_checkpoint(held):
         run(RUN, stop_at=7)
     del held["bkt/runs/toy/state/step_00000006/manifest.json"]
     assert restore_latest(f"{RUN}/state", start()).step == 3
+    held["bkt/runs/toy/state/notes/mine"] = b"stays"
+    held["bkt/runs/toy/state/step_00000002/leaves.json"] = b"goes"
     with pytest.raises(Stopped):
         run(RUN, stop_at=10)
-    assert names(held) == {"step_00000006", "step_00000009"}
+    assert names(held) == {"step_00000006", "step_00000009", "notes"}
     for name in [x for x in held if "/step_" in x and x.endswith("manifest.json")]:
         del held[name]
     assert restore_latest(f"{RUN}/state", start()) is None  # the first save came to no end
     with pytest.raises(Stopped):
         run(RUN, stop_at=4)
-    assert names(held) == {"step_00000003"}
+    assert names(held) == {"step_00000003", "notes"}
 
 
 def test_a_flipped_byte_is_found(held, capsys):

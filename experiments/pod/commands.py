@@ -112,15 +112,16 @@ def xpk(job: Job) -> Plan:
     """A workload of xpk, which makes its own JobSet."""
     needs(job, "cluster", "image")
     where = [f"--cluster={job.cluster}", f"--project={job.project}", f"--zone={job.zone}"]
+    storage = job.bucket.replace("_", "-")  # a name of Kubernetes
     attach = [
-        "xpk", "storage", "attach", job.bucket, "--type=gcsfuse", f"--bucket={job.bucket}",
+        "xpk", "storage", "attach", storage, "--type=gcsfuse", f"--bucket={job.bucket}",
         f"--mount-point={MOUNT}", "--readonly=false", "--auto-mount=false", "--size=1",
         f"--mount-options={MOUNT_OPTIONS}", *where,
     ]
     create = [
         "xpk", "workload", "create", f"--workload={job.name}",
         f"--tpu-type={job.where.names.prefix}-{job.where.sizes}", f"--docker-image={job.image}",
-        f"--storage={job.bucket}", f"--max-restarts={RESTARTS}", *where,
+        f"--storage={storage}", f"--max-restarts={RESTARTS}", *where,
         # xpk hands signals to what its shell began last: that has to be the entry itself.
         f"--command=exec {shlex.join(job.entry('python'))}",
     ]

@@ -18,6 +18,8 @@ with xprof installed for the traces. Make the bucket in the region of the slice:
 gcloud storage buckets create gs://B --location=us-east5 --uniform-bucket-level-access
 """
 
+from __future__ import annotations
+
 import argparse
 import json
 import os
@@ -28,10 +30,14 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from experiments.pod.entry import check_module
 from kimijax.cli import run_module
 from kimijax.errors import UserError
+
+if TYPE_CHECKING:
+    from experiments.pod.commands import Job, Plan, Step
 
 WAYS = ("tpu_vm", "queued", "xpk", "gke")
 AGAIN = 30  # seconds
@@ -86,7 +92,7 @@ def main(args: argparse.Namespace) -> int:
     return 0
 
 
-def job_of(args: argparse.Namespace):
+def job_of(args: argparse.Namespace) -> Job:
     """The Job of the options. UserError: one of them names nothing."""
     from experiments.pod.commands import Job
     from experiments.pod.slices import slice_of
@@ -106,7 +112,7 @@ def job_of(args: argparse.Namespace):
                **{name: getattr(args, name) for name in kept})
 
 
-def printed(step) -> str:
+def printed(step: Step) -> str:
     """A step as a line of a shell script."""
     line = shlex.join(step.argv)
     if step.until is None:
@@ -114,7 +120,7 @@ def printed(step) -> str:
     return f'until [ "$({line})" = {step.until} ]; do sleep {AGAIN}; done'
 
 
-def _run(plan, manifest: str | None) -> None:
+def _run(plan: Plan, manifest: str | None) -> None:
     programs = {step.argv[0] for step in plan.steps}
     if missing := [name for name in sorted(programs) if shutil.which(name) is None]:
         raise UserError(f"{' and '.join(missing)} not installed; do so, or see the commands "
@@ -129,7 +135,7 @@ def _run(plan, manifest: str | None) -> None:
             raise UserError(f"exit code {code} of: {shlex.join(step.argv)}")
 
 
-def _wait(step) -> None:
+def _wait(step: Step) -> None:
     while True:
         done = subprocess.run(step.argv, stdout=subprocess.PIPE, text=True)
         said = done.stdout.strip()

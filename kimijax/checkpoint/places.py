@@ -20,13 +20,13 @@ BUCKET = "gs://"
 
 
 def locate(path: str | os.PathLike) -> Path:
-    """The path, absolute; of gs:// one of epath, which has the methods of pathlib's.
+    """The path; of gs:// one of epath, which has the methods of pathlib's but for `absolute`.
 
     UserError: a bucket is named, and what reaches it is not installed.
     """
     text = os.fspath(path)
     if not text.startswith(BUCKET):
-        return Path(text).absolute()
+        return Path(text)
     import fsspec
     from etils import epath
 
@@ -37,6 +37,12 @@ def locate(path: str | os.PathLike) -> Path:
     except ImportError as error:
         raise UserError(f"{text}: a bucket needs gcsfs: pip install 'kimijax[bucket]'") from error
     return epath.Path(text)
+
+
+def absolute(path: str | os.PathLike) -> Path:
+    """The path from the root on, as orbax wants it."""
+    found = locate(path)
+    return found if in_bucket(found) else found.absolute()
 
 
 def in_bucket(path: Path) -> bool:

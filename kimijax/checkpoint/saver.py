@@ -22,7 +22,7 @@ import numpy as np
 
 from kimijax.checkpoint.common import brief, describe, sync
 from kimijax.checkpoint.manifest import MANIFEST, write_manifest, write_part
-from kimijax.checkpoint.places import in_bucket, locate, remove
+from kimijax.checkpoint.places import absolute, in_bucket, remove
 from kimijax.checkpoint.train import (
     ARRAYS,
     BESIDE,
@@ -57,7 +57,7 @@ class Saver:
     def __init__(self, directory: str | os.PathLike, keep: int = 2, keep_every: int = 0):
         if keep < 1 or keep_every < 0:
             raise ValueError(f"{keep=} must be 1 or more, {keep_every=} 0 or more")
-        self.directory, self.keep, self.keep_every = locate(directory), keep, keep_every
+        self.directory, self.keep, self.keep_every = absolute(directory), keep, keep_every
         self._orbax = self._writing = self._failed = None
         self._count = 0  # of saves: the names of barriers
 

@@ -23,7 +23,7 @@ import numpy as np
 
 from kimijax.checkpoint.common import brief, describe, difference
 from kimijax.checkpoint.manifest import MANIFEST, damage
-from kimijax.checkpoint.places import in_bucket, locate
+from kimijax.checkpoint.places import absolute, in_bucket
 from kimijax.errors import UserError
 from kimijax.parallel.processes import anywhere
 
@@ -49,7 +49,7 @@ def restore_latest(
                     checkpoint is whole or the state in it is another one.
     verify          False: huge files are not read twice, only names and sizes are compared
     """
-    directory = locate(directory)
+    directory = absolute(directory)
     damaged = []
     for step, path in checkpoints(directory):
         reason = damage(path, verify)
@@ -81,7 +81,8 @@ def unfinished(directory: Path) -> list[Path]:
     """What a save left that came to no end, whether it goes on or not."""
     if not in_bucket(directory):
         return [*directory.glob("step_*.tmp")]
-    return [path for path in directory.iterdir() if not _finished(path)]
+    found = [path for path in directory.iterdir() if STEP.fullmatch(path.name)]
+    return [path for path in found if not _finished(path)]
 
 
 def _finished(path: Path) -> bool:
