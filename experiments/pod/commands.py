@@ -164,7 +164,8 @@ def needs(job: Job, *names: str) -> None:
     if missing := [f"--{name}" for name in names if getattr(job, name) is None]:
         raise UserError(
             f"{' and '.join(missing)} missing: name the GKE cluster, and an image, as one of "
-            "docker build -f experiments/pod/Dockerfile -t IMAGE . && docker push IMAGE"
+            "git archive HEAD | docker build -f experiments/pod/Dockerfile -t IMAGE - && "
+            "docker push IMAGE"
         )
 
 
