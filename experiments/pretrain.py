@@ -10,7 +10,6 @@ optimizer's state goes through all of them. Interrupted in any phase, the same c
 """
 
 import argparse
-from pathlib import Path
 
 from experiments.curricula import CURRICULA, Stage, learning_rate, stretched
 from kimijax.cli import run_module
@@ -71,6 +70,7 @@ def main(args: argparse.Namespace) -> int:
 
 def _train(args: argparse.Namespace) -> int:
     from kimijax.checkpoint import save_model
+    from kimijax.checkpoint.places import locate
     from kimijax.commands.describe import config_of
     from kimijax.config_tree import to_dict
     from kimijax.model import Model, abstract_params
@@ -80,7 +80,7 @@ def _train(args: argparse.Namespace) -> int:
     from kimijax.train import Interrupted, Saves, fit, init_state, state_shardings
 
     plan = plan_of(args, train=True)
-    out = writable(args.out) if is_first() else Path(args.out)
+    out = writable(args.out, bucket=True) if is_first() else locate(args.out)
     stages, cfg = CURRICULA[args.curriculum](), config_of(args.model)
     model = Model(cfg, local(usual_impl()) if plan is None else plan.ops(), args.dtype)
     optimizer = muon(

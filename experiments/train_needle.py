@@ -12,7 +12,6 @@ Real Python files with pass keys in them, then questions. All of a row is read w
 import argparse
 from dataclasses import asdict
 from functools import partial
-from pathlib import Path
 
 from kimijax.cli import run_module
 from kimijax.commands.mesh import add_mesh, plan_of
@@ -133,6 +132,7 @@ def _train(args: argparse.Namespace) -> int:
 
     from kimijax import presets
     from kimijax.checkpoint import save_model
+    from kimijax.checkpoint.places import locate
     from kimijax.commands.paths import writable
     from kimijax.config_tree import to_dict
     from kimijax.data import corpus
@@ -143,7 +143,7 @@ def _train(args: argparse.Namespace) -> int:
 
     if (plan := plan_of(args, train=True, exact=True)) is not None:
         _check_rows(plan)
-    out = writable(args.out) if is_first() else Path(args.out)
+    out = writable(args.out, bucket=True) if is_first() else locate(args.out)
     cfg = presets.needle_2m()
     model = Model(cfg, local(usual_impl(), exact=True) if plan is None else plan.ops())
     text = corpus.concatenate(corpus.load_documents("train"), seed=0)

@@ -76,7 +76,7 @@ class _Parser(argparse_flags.ArgumentParser):
 
 
 def _run(parser: argparse.ArgumentParser) -> None:
-    """Parse, run `main` and exit: 2 and one line for a UserError, a traceback for a bug."""
+    """Parse, run `main` and exit: one line for a UserError and its code, a traceback for a bug."""
 
     def parse(argv: list[str]) -> argparse.Namespace:
         try:
@@ -93,7 +93,7 @@ def _run(parser: argparse.ArgumentParser) -> None:
             app.run(lambda args: args.main(args), flags_parser=parse)
         except UserError as error:
             print(f"error: {_one_line(str(error))}", file=sys.stderr)
-            sys.exit(2)
+            sys.exit(error.code)
         except KeyboardInterrupt:
             print("interrupted", file=sys.stderr)
             sys.exit(130)

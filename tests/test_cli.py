@@ -9,9 +9,12 @@ import pytest
 from kimijax.cli import COMMANDS
 
 ROOT = Path(__file__).parents[1]
-EXPERIMENTS = sorted(
-    path.stem for path in (ROOT / "experiments").glob("*.py") if "__main__" in path.read_text()
-)
+EXPERIMENTS = [
+    f"{folder}{path.stem}"
+    for folder in ("", "pod.")
+    for path in sorted((ROOT / "experiments" / folder.rstrip(".")).glob("*.py"))
+    if "__main__" in path.read_text()
+]
 NO_JAX = "import sys; sys.modules['jax'] = None\n"  # now `import jax` raises ImportError
 KIMIJAX = NO_JAX + "from kimijax import cli; cli.run()"
 MODULE = "import runpy; runpy.run_module('experiments.{}', run_name='__main__', alter_sys=True)"

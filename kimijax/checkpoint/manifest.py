@@ -7,12 +7,12 @@ they are verified.
 
 import hashlib
 import json
-import shutil
 from pathlib import Path
 
 import jax
 
 from kimijax.checkpoint.common import brief, sync
+from kimijax.checkpoint.places import files, in_bucket, remove
 
 MANIFEST, PARTS = "manifest.json", "digests"
 
@@ -22,9 +22,10 @@ def write_part(path: Path) -> None:
 
     Every process calls it when all files are written, and then meets the others.
     """
-    mine = _share(_files(path))
-    sync(path / name for name in mine)
-    (path / PARTS).mkdir(exist_ok=True)
+    mine = _share([*_files(path)])
+    if not in_bucket(path):  # there, what is written has reached it, and needs no directory
+        sync(path / name for name in mine)
+        (path / PARTS).mkdir(exist_ok=True)
     part = path / PARTS / f"{jax.process_index():05d}.json"
     part.write_text(json.dumps({name: _digest(path / name) for name in mine}))
 
@@ -34,9 +35,10 @@ def write_manifest(path: Path) -> None:
     digests = {}
     for part in sorted((path / PARTS).iterdir()):
         digests |= json.loads(part.read_text())
-    shutil.rmtree(path / PARTS)
-    (path / MANIFEST).write_bytes(_text(path, digests))
-    sync([p for p in path.rglob("*") if p.is_dir()] + [path / MANIFEST, path])
+    remove(path / PARTS)
+    (path / MANIFEST).write_bytes(_text(_files(path), digests))
+    if not in_bucket(path):
+        sync([p for p in path.rglob("*") if p.is_dir()] + [path / MANIFEST, path])
 
 
 def damage(path: Path, verify: bool) -> str | None:
@@ -47,11 +49,11 @@ def damage(path: Path, verify: bool) -> str | None:
     try:
         if not (path / MANIFEST).is_file():
             return f"has no {MANIFEST}"
-        text, names = (path / MANIFEST).read_bytes(), _files(path)
+        text, sizes = (path / MANIFEST).read_bytes(), _files(path)
         listed = json.loads(text)
         said = {name: entry["blake2b"] for name, entry in listed.items()}
-        read = {name: _digest(path / name) for name in (_share(names) if verify else ())}
-        found = _text(path, {name: said.get(name) for name in names} | read)
+        read = {name: _digest(path / name) for name in (_share([*sizes]) if verify else ())}
+        found = _text(sizes, {name: said.get(name) for name in sizes} | read)
         if text == found:  # one canonical form: equal texts are equal files
             return None
         found = json.loads(found)
@@ -63,9 +65,9 @@ def damage(path: Path, verify: bool) -> str | None:
         return f"has a damaged {MANIFEST}"  # no JSON, not of this form, or no such text
 
 
-def _files(path: Path) -> list[str]:
-    names = sorted(p.relative_to(path).as_posix() for p in path.rglob("*") if p.is_file())
-    return [name for name in names if name != MANIFEST and not name.startswith(f"{PARTS}/")]
+def _files(path: Path) -> dict[str, int]:
+    kept = lambda name: name != MANIFEST and not name.startswith(f"{PARTS}/")  # noqa: E731
+    return {name: size for name, size in files(path).items() if kept(name)}
 
 
 def _share(names: list[str]) -> list[str]:
@@ -77,7 +79,6 @@ def _digest(file: Path) -> str:
         return hashlib.file_digest(stream, "blake2b").hexdigest()
 
 
-def _text(path: Path, digests: dict[str, str | None]) -> bytes:
-    sizes = {name: (path / name).stat().st_size for name in digests}
-    files = {n: {"size": sizes[n], "blake2b": digest} for n, digest in sorted(digests.items())}
-    return json.dumps(files, indent=1).encode()
+def _text(sizes: dict[str, int], digests: dict[str, str | None]) -> bytes:
+    both = {n: {"size": sizes[n], "blake2b": digest} for n, digest in sorted(digests.items())}
+    return json.dumps(both, indent=1).encode()

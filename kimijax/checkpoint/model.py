@@ -13,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from kimijax.checkpoint.common import brief, describe, difference, sync
+from kimijax.checkpoint.places import in_bucket, local, locate
 from kimijax.config import ModelConfig
 from kimijax.config_tree import from_dict, to_dict
 from kimijax.errors import UserError
@@ -25,9 +26,13 @@ READ_AS = {"F32": "float32", "BF16": "float32"}
 def save_model(directory: str | os.PathLike, cfg: ModelConfig, params: dict) -> None:
     """Write config.json and model.safetensors (float32, names joined by "."), each at once.
 
+    directory  also gs://BUCKET/..., where config.json comes first and the weights at once
     params  nested dict of arrays, without the outer "params"
     """
-    directory = Path(directory)
+    directory = locate(directory)
+    if in_bucket(directory):
+        with local(directory) as folder:
+            return save_model(folder, cfg, params)
     flat = flatten_dict(params, sep=".")
     if wrong := difference(describe(flat), describe(parameter_shapes(cfg))):
         raise ValueError(f"these are not the parameters of this config: the tree {wrong}")

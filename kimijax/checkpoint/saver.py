@@ -3,7 +3,8 @@
 `save` holds the loop up until the arrays are on the host (their memory may then be taken by the
 next step); files, digests and the rename into place are made in the background, one checkpoint at
 a time. Of several processes each writes its own shards and digests a share of the files; process 0
-finishes. Whatever happens while one is written, the checkpoints that were there stay whole.
+finishes. Whatever happens while one is written, the checkpoints that were there stay whole; but in
+a bucket, where nothing is renamed, one of the same step goes before it is written anew.
 """
 
 import functools
@@ -11,7 +12,6 @@ import json
 import logging
 import os
 import re
-import shutil
 import sys
 import threading
 from pathlib import Path
@@ -21,8 +21,17 @@ import jax
 import numpy as np
 
 from kimijax.checkpoint.common import brief, describe, sync
-from kimijax.checkpoint.manifest import write_manifest, write_part
-from kimijax.checkpoint.train import ARRAYS, BESIDE, LEAVES, checkpoints, leaves_of, orbax
+from kimijax.checkpoint.manifest import MANIFEST, write_manifest, write_part
+from kimijax.checkpoint.places import absolute, in_bucket, remove
+from kimijax.checkpoint.train import (
+    ARRAYS,
+    BESIDE,
+    LEAVES,
+    checkpoints,
+    leaves_of,
+    orbax,
+    unfinished,
+)
 from kimijax.errors import UserError
 from kimijax.parallel.processes import is_first, meet
 
@@ -48,7 +57,7 @@ class Saver:
     def __init__(self, directory: str | os.PathLike, keep: int = 2, keep_every: int = 0):
         if keep < 1 or keep_every < 0:
             raise ValueError(f"{keep=} must be 1 or more, {keep_every=} 0 or more")
-        self.directory, self.keep, self.keep_every = Path(directory).absolute(), keep, keep_every
+        self.directory, self.keep, self.keep_every = absolute(directory), keep, keep_every
         self._orbax = self._writing = self._failed = None
         self._count = 0  # of saves: the names of barriers
 
@@ -72,7 +81,8 @@ class Saver:
         Waits for the save before. beside: a JSON value of this process, kept with the state.
         """
         self._join()
-        new = self.directory / f"step_{step:08d}.tmp"
+        built = "" if in_bucket(self.directory) else ".tmp"
+        new = self.directory / f"step_{step:08d}{built}"
         try:
             self._begin(new, state, beside)
         except (OSError, ValueError) as error:
@@ -104,8 +114,9 @@ class Saver:
     def _begin(self, new: Path, state: object, beside: Any) -> None:
         leaves = leaves_of(state)
         if is_first():
-            shutil.rmtree(new, ignore_errors=True)
-            new.mkdir(parents=True)
+            remove(new, MANIFEST)
+            if not in_bucket(new):
+                new.mkdir(parents=True)
             (new / LEAVES).write_text(json.dumps(describe(leaves), indent=1))
         meet()  # the others write when the directory is there
         (new / f"{BESIDE}_{jax.process_index():05d}.json").write_text(json.dumps(beside))
@@ -129,31 +140,36 @@ class Saver:
             barrier(key=f"{new.name}.{self._count}", timeout_ms=PATIENCE_MS)
             if is_first():
                 write_manifest(new)
-                self._replace(new, step)
+                if not in_bucket(new):
+                    self._rename(new)
+                self._tidy(step)
         except BaseException as error:
             self._give_up(new)
             # Of the file system, of tensorstore, of jax's barriers.
             expected = isinstance(error, OSError | ValueError | RuntimeError)
             self._failed = _fault(new, error) if expected else error
 
-    def _replace(self, new: Path, step: int) -> None:
+    def _rename(self, new: Path) -> None:
         final, old = new.with_suffix(""), new.with_suffix(".old")
         if final.exists():
-            shutil.rmtree(old, ignore_errors=True)
+            remove(old)
             final.rename(old)
         new.rename(final)
         sync([self.directory])
+        remove(old)
+
+    def _tidy(self, step: int) -> None:
         earlier = [(at, path) for at, path in checkpoints(self.directory) if at < step]
         stale = [
             path for at, path in earlier[self.keep - 1 :]
             if not self.keep_every or at % self.keep_every
         ]
-        for path in [old, *stale, *self.directory.glob("step_*.tmp")]:
-            shutil.rmtree(path, ignore_errors=True)
+        for path in [*stale, *unfinished(self.directory)]:
+            remove(path, MANIFEST)
 
     def _give_up(self, new: Path) -> None:
         if is_first():
-            shutil.rmtree(new, ignore_errors=True)
+            remove(new, MANIFEST)
 
 
 def _apart(leaf: object) -> jax.Array | np.ndarray:

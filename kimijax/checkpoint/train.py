@@ -5,7 +5,8 @@
                   beside_00000.json   what the loop keeps beside the state, a file per process
                   manifest.json       size and digest of every file, written last
 
-Saver writes it while training goes on; it is built under step_00000123.tmp and then renamed.
+Saver writes it while training goes on; it is built under step_00000123.tmp and then renamed. In a
+bucket it is built where it stays, and is none before its manifest is there.
 """
 
 import json
@@ -21,7 +22,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from kimijax.checkpoint.common import brief, describe, difference
-from kimijax.checkpoint.manifest import damage
+from kimijax.checkpoint.manifest import MANIFEST, damage
+from kimijax.checkpoint.places import absolute, in_bucket
 from kimijax.errors import UserError
 from kimijax.parallel.processes import anywhere
 
@@ -47,7 +49,7 @@ def restore_latest(
                     checkpoint is whole or the state in it is another one.
     verify          False: huge files are not read twice, only names and sizes are compared
     """
-    directory = Path(directory).absolute()
+    directory = absolute(directory)
     damaged = []
     for step, path in checkpoints(directory):
         reason = damage(path, verify)
@@ -64,14 +66,27 @@ def restore_latest(
 
 
 def checkpoints(directory: Path) -> list[tuple[int, Path]]:
-    """(step, path), newest first."""
+    """(step, path), newest first; in a bucket only finished ones."""
     if not directory.exists():
         return []
     if not directory.is_dir():
         raise UserError(f"{directory}: is not a directory; name one for checkpoints")
     found = [(STEP.fullmatch(path.name), path) for path in directory.iterdir() if path.is_dir()]
     found = [(int(match[1]), match[2] is None, path) for match, path in found if match]
-    return [(step, path) for step, _, path in sorted(found, reverse=True)]
+    found = [(step, path) for step, _, path in sorted(found, reverse=True)]
+    return [x for x in found if _finished(x[1])] if in_bucket(directory) else found
+
+
+def unfinished(directory: Path) -> list[Path]:
+    """What a save left that came to no end, whether it goes on or not."""
+    if not in_bucket(directory):
+        return [*directory.glob("step_*.tmp")]
+    found = [path for path in directory.iterdir() if STEP.fullmatch(path.name)]
+    return [path for path in found if not _finished(path)]
+
+
+def _finished(path: Path) -> bool:
+    return (path / MANIFEST).exists()
 
 
 def orbax() -> ModuleType:

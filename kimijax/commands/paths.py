@@ -24,8 +24,13 @@ def path(text: str) -> str:
     return text
 
 
-def writable(out: str) -> Path:
-    """The output directory, not made yet; UserError if it could not be made or written."""
+def writable(out: str, bucket: bool = False) -> Path:
+    """The output directory, not made yet; UserError if it could not be made or written.
+
+    bucket  it may be one, gs://...; a command that is of no use there refuses it
+    """
+    if out.startswith("gs://"):
+        return _writable_bucket(out, bucket)
     try:
         path = Path(out or "/dev/null").expanduser()
         nearest = path
@@ -36,4 +41,20 @@ def writable(out: str) -> Path:
     except (OSError, RuntimeError) as error:
         why = getattr(error, "strerror", None) or error
         raise UserError(f"--out {out or repr(out)} cannot be written: {why}") from error
+    return path
+
+
+def _writable_bucket(out: str, bucket: bool) -> Path:
+    if not bucket:
+        raise UserError(f"--out {out} is in a bucket; this command writes to a file system: give "
+                        "it a path, of a mount if need be")
+    from kimijax.checkpoint.places import locate
+
+    path = locate(out)
+    probe = path / ".writable"
+    try:
+        probe.write_text("")
+        probe.unlink()
+    except Exception as error:  # gcsfs has its own for what a bucket refuses
+        raise UserError(f"--out {out} cannot be written: {error}"[:400]) from error
     return path

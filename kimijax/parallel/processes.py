@@ -19,7 +19,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from kimijax.errors import UserError
+from kimijax.errors import Lost, UserError
 from kimijax.parallel.roll import Line, address, answer_roll, call_roll
 
 PATIENCE = 300  # seconds in which every process has to come
@@ -36,12 +36,13 @@ def join(
     """Come together with the other processes; before anything else is asked of jax.
 
     The block ends when it has ended in all of them. If a process ends before that, the others name
-    it on stderr and end with code 2, whatever they do at the time.
+    it on stderr and end, whatever they do at the time: with the code of Lost if it is simply gone,
+    with 2 if it said that it failed, which would only happen again.
 
     coordinator  host:port of process 0, the same for all; it must be free there
     processes    how many there are
     index        which one this is, from 0
-    patience     seconds to wait for the others; UserError names one that did not come
+    patience     seconds to wait for the others; Lost names one that did not come
     heartbeat    seconds after which jax ends the job of a process that lives and is silent
     """
     address(coordinator)
@@ -131,6 +132,7 @@ class _Watch:
         self.lines, self.processes, self.index = lines, processes, index
         self.done = {other: threading.Event() for other in lines}
         self.lost, self.over, self.lock = threading.Event(), False, threading.Lock()
+        self.code = Lost.code  # with which this process ends where another has
         for other in lines:
             threading.Thread(target=self._listen, args=(other,), daemon=True).start()
 
@@ -143,14 +145,16 @@ class _Watch:
             if self.over:
                 return
             self.over = True
-        fault = said or f"process {other} of {self.processes} is gone"
+        said = said or f"{Lost.code} process {other} of {self.processes} is gone"
+        code, fault = said.split(maxsplit=1)
         text = f"\nerror: {fault}; start all processes of the job again"  # behind a progress bar
         print(text, file=sys.stderr, flush=True)
-        self._tell(fault)
+        self._tell(said)
+        self.code = int(code)
         self.lost.set()
         if self.index == 0:  # the others write no files, and have nothing to tidy up
             time.sleep(GRACE)
-        os._exit(2)
+        os._exit(self.code)
 
     def _tell(self, text: str) -> None:
         for line in self.lines.values():
@@ -170,14 +174,16 @@ class _Watch:
     def fail(self, error: BaseException) -> None:
         """The work ends with an error: of this process, or because another is gone."""
         own = isinstance(error, UserError | KeyboardInterrupt)
+        code = {UserError: UserError.code, Lost: Lost.code, KeyboardInterrupt: 130}.get(
+            type(error), 1
+        )
         # What waits for a process that is gone may raise before its end is heard here.
         if not own and self.lost.wait(1):
-            error = SystemExit(2)
+            error = SystemExit(code := self.code)
         with self.lock:
             mine, self.over = not self.over, True
         if mine:
-            self._tell(f"process {self.index} of {self.processes} failed")
-        code = {UserError: 2, KeyboardInterrupt: 130, SystemExit: 2}.get(type(error), 1)
+            self._tell(f"{UserError.code} process {self.index} of {self.processes} failed")
         # jax would wait here, at the exit, for processes that do not come.
         atexit.register(os._exit, code)
         if not mine:

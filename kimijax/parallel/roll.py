@@ -7,7 +7,7 @@ open: the kernel closes those of a process that ends, however it ends.
 import socket
 import time
 
-from kimijax.errors import UserError
+from kimijax.errors import Lost, UserError
 
 GO = "go"
 
@@ -41,7 +41,7 @@ class Line:
 
 
 def call_roll(coordinator: str, processes: int, patience: float) -> dict[int, Line]:
-    """Process 0 waits for the others: a line to each. UserError, told to all: one did not come."""
+    """Process 0 waits for the others: a line to each. Lost, told to all: one did not come."""
     lines: dict[int, Line] = {}
     end = time.monotonic() + patience
     with _listen(coordinator, address(coordinator)[1]) as server:
@@ -67,12 +67,12 @@ def call_roll(coordinator: str, processes: int, patience: float) -> dict[int, Li
     if fault:
         for line in lines.values():
             line.close()
-        raise UserError(fault)
+        raise Lost(fault)
     return lines
 
 
 def answer_roll(coordinator: str, processes: int, index: int, patience: float) -> dict[int, Line]:
-    """Another process tells process 0 that it is there: the line to it, once all are."""
+    """Another process tells process 0 that it is there: the line to it, once all are; or Lost."""
     end, answer = time.monotonic() + patience, ""
     while not answer and (left := end - time.monotonic()) > 0:
         try:
@@ -87,12 +87,12 @@ def answer_roll(coordinator: str, processes: int, index: int, patience: float) -
             line.close()
             time.sleep(0.2)
     if not answer:
-        raise UserError(
+        raise Lost(
             f"process 0 of {processes} did not answer at {coordinator} within {patience:g} s; "
             "start it there, or give the address where it is"
         )
     if answer != GO:
-        raise UserError(answer)
+        raise Lost(answer)
     return {0: line}
 
 

@@ -2,9 +2,12 @@
 
 import os
 import signal
+from contextlib import ExitStack
 from pathlib import Path
 
 import jax
+
+from kimijax.checkpoint.places import local
 
 
 class Interrupted(Exception):
@@ -40,20 +43,25 @@ class Trace:
 
     def __init__(self, folder: Path, steps: range):
         self._folder, self._steps, self._on = folder, steps, False
+        self._kept = ExitStack()
 
     def __enter__(self) -> "Trace":
         return self
 
     def __exit__(self, *_) -> None:
         if self._on:
-            jax.profiler.stop_trace()
+            self._stop()
+
+    def _stop(self) -> None:
+        jax.profiler.stop_trace()
+        self._kept.close()  # it is brought to where it belongs
 
     def before(self, step: int, state: object) -> None:
         """Begin or end the trace, where `step` is the first or has passed the last."""
         if (step in self._steps) != self._on:
             jax.block_until_ready(state)
             if self._on:
-                jax.profiler.stop_trace()
+                self._stop()
             else:
-                jax.profiler.start_trace(self._folder)
+                jax.profiler.start_trace(self._kept.enter_context(local(self._folder)))
             self._on = not self._on

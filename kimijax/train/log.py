@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -14,6 +15,7 @@ import numpy as np
 from tqdm import tqdm
 
 from kimijax.checkpoint.common import brief
+from kimijax.checkpoint.places import in_bucket, upload
 from kimijax.errors import UserError
 from kimijax.parallel.processes import is_first
 from kimijax.train.phase import Phase
@@ -21,6 +23,8 @@ from kimijax.train.phase import Phase
 
 class Log:
     """A line per step in out/metrics.jsonl, a step late: it is fetched while the next one runs.
+
+    Nothing is appended to in a bucket: all is in files here, which `sync` copies there.
 
     "seconds" are from one step's end to the next one's, as the loop notices them: where batches
     take longer than steps, a batch counts with the step before.
@@ -35,8 +39,12 @@ class Log:
         self, out: Path, done: int, total: int, seen: int, peak: float | None, tensorboard: bool
     ):
         self.path = out / "metrics.jsonl"
-        self._board = _board(out, done) if tensorboard and is_first() else None
-        self._file = _open_until(self.path, done) if is_first() else open(os.devnull, "w")
+        self._out, first = out, is_first()
+        self._folder = tempfile.TemporaryDirectory() if first and in_bucket(out) else None
+        local = Path(self._folder.name) if self._folder else out
+        self._board = _board(local, done) if tensorboard and first else None
+        log = local / self.path.name
+        self._file = _open_until(self.path, log, done) if first else open(os.devnull, "w")
         self._bar = tqdm(total=total, initial=seen, unit="tok", unit_scale=True)
         self._peak, self._held, self._since = peak, None, time.perf_counter()
 
@@ -50,6 +58,9 @@ class Log:
         self._file.close()
         if self._board is not None:
             self._board.close()
+        if self._folder is not None:
+            self._upload()
+            self._folder.cleanup()
 
     def step(self, step: int, phase: Phase, metrics: dict[str, jax.Array]) -> None:
         """Hold what a step will say, and write what the one before it said."""
@@ -93,6 +104,12 @@ class Log:
                 os.fsync(self._file.fileno())
         if self._board is not None:
             self._board.flush()
+        self._upload()
+
+    def _upload(self) -> None:
+        if self._folder is not None:
+            with _writing(self.path):
+                upload(Path(self._folder.name), self._out)
 
     def _put(self, text: str) -> None:
         with _writing(self.path):
@@ -135,8 +152,8 @@ def _writing(path: Path) -> Iterator[None]:
         raise UserError(f"{path}: cannot be written: {brief(error)}; make room") from error
 
 
-def _open_until(path: Path, step: int) -> TextIO:
-    """The log opened for appending, without the lines of steps after `step`."""
+def _open_until(path: Path, local: Path, step: int) -> TextIO:
+    """The log opened for appending as `local`, without the lines of steps after `step`."""
     found, kept = path.read_text().splitlines() if path.exists() else [], []
     for line in found:
         try:
@@ -150,11 +167,11 @@ def _open_until(path: Path, step: int) -> TextIO:
         if entry["step"] > step:
             break
         kept.append(line)
-    temporary = path.with_suffix(".tmp")
+    temporary = local.with_suffix(".tmp")
     with _writing(path):
         temporary.write_text("".join(line + "\n" for line in kept))
-        temporary.replace(path)
-        return path.open("a")
+        temporary.replace(local)
+        return local.open("a")
 
 
 def _board(out: Path, done: int):

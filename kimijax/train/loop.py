@@ -1,6 +1,7 @@
 """One visible training loop around pure, donated steps."""
 
 import json
+import os
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from kimijax.checkpoint import Restored, Saver, restore_latest
+from kimijax.checkpoint.places import in_bucket, locate
 from kimijax.errors import UserError
 from kimijax.parallel.processes import is_first, meet, vote
 from kimijax.train.guard import Interrupted, Stop, Trace
@@ -42,14 +44,16 @@ class Saves:
 
 
 def fit(
-    state: Any, phases: Sequence[Phase], out: Path, run: dict, *, saves: Saves = Saves(),
-    peak: float | None = None, tensorboard: bool = False, profile: range = range(0),
+    state: Any, phases: Sequence[Phase], out: str | os.PathLike, run: dict, *,
+    saves: Saves = Saves(), peak: float | None = None, tensorboard: bool = False,
+    profile: range = range(0),
 ) -> Any:
     """Train through all phases, resuming from `out` if it holds a state of this run.
 
     Every step adds a line to out/metrics.jsonl. The state and the place in the data are saved in
     the background as `saves` says, at the end, and on SIGINT or SIGTERM, which then raise
-    Interrupted. Of several processes the first writes the log; all have to see the same `out`.
+    Interrupted. Of several processes the first writes the log; all have to see the same `out`, a
+    directory or gs://BUCKET/..., where the log arrives with each save.
 
     state        a pytree; its `step` counts over all phases
     run          what the run is made of (JSON values); UserError if `out` holds another one
@@ -57,6 +61,7 @@ def fit(
     tensorboard  scalars go to out/tensorboard as well (extra [train])
     profile      steps traced into out/profile, the first is 1
     """
+    out = locate(out)
     _claim(out, run)
     fresh = Restored(int(state.step), state, None)
     done, state, place = restore_latest(out / "state", state, saves.verify) or fresh
@@ -104,10 +109,13 @@ def _claim(out: Path, run: dict) -> None:
     """Note in `out` which run lives there; a state of another one must not be resumed."""
     path = out / "run.json"
     if is_first() and not path.exists():
-        out.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text(json.dumps(run, indent=1))
-        temporary.replace(path)
+        if in_bucket(out):
+            path.write_text(json.dumps(run, indent=1))
+        else:
+            out.mkdir(parents=True, exist_ok=True)
+            temporary = path.with_suffix(".tmp")
+            temporary.write_text(json.dumps(run, indent=1))
+            temporary.replace(path)
     meet()  # the others look when it is there
     if not path.exists():
         raise UserError(f"{path} is not there for all processes; give an --out that they share")

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from kimijax.checkpoint import restore_latest
-from kimijax.errors import UserError
+from kimijax.errors import Lost, UserError
 from kimijax.parallel.processes import join
 from tests.conftest import assert_close
 from tests.parallel.test_mesh_commands import GOLDENS, answers
@@ -88,7 +88,7 @@ def test_a_killed_process_ends_the_job_and_is_named(job):
         reader.join(timeout=2 * DEAD)
     killed = float((out / "killed").read_text())
     assert running[1].returncode == -9, said[1]
-    assert running[0].returncode == 2, said[0]
+    assert running[0].returncode == Lost.code, said[0]
     assert ended[0] - killed < DEAD
     assert "error: process 1 of 2 is gone; start all processes of the job again\n" in said[0]
     assert "Traceback" not in said[0]
@@ -123,7 +123,7 @@ def test_who_does_not_come_is_named_to_those_who_did():
     where, faults = f"127.0.0.1:{free_port()}", {}
 
     def come(index):
-        with pytest.raises(UserError) as error, join(where, 3, index, patience=2):
+        with pytest.raises(Lost) as error, join(where, 3, index, patience=2):
             pass
         faults[index] = str(error.value)
 
@@ -139,7 +139,7 @@ def test_who_does_not_come_is_named_to_those_who_did():
 def test_a_coordinator_that_does_not_answer_is_named():
     where = f"127.0.0.1:{free_port()}"
     fault = f"process 0 of 2 did not answer at {where} within 1 s"
-    with pytest.raises(UserError, match=fault), join(where, 2, 1, patience=1):
+    with pytest.raises(Lost, match=fault), join(where, 2, 1, patience=1):
         pass
 
 
