@@ -257,4 +257,13 @@ def place(cache: Cache, tokens: Tokens) -> jax.Array:
 
 def keep_last(past: jax.Array, new: jax.Array, used: jax.Array) -> jax.Array:
     """The last tokens of (past b n ..., new b t ...) after `used` of the new: b n ..."""
-    return rows_slice(jnp.concatenate([past, new.astype(past.dtype)], 1), used, past.shape[1])
+    n = past.shape[1]
+    at = used[:, None] + jnp.arange(n) - n  # in the new
+
+    # Token by token: a slice of a row that is dealt over devices would bring all of it to each.
+    def pick(x, at):
+        at = jnp.clip(at, 0, x.shape[1] - 1).reshape(*at.shape, *(1,) * (x.ndim - 2))
+        return jnp.take_along_axis(x, at, 1)
+
+    here = (at >= 0).reshape(*at.shape, *(1,) * (past.ndim - 2))
+    return jnp.where(here, pick(new, at).astype(past.dtype), pick(past, at + n))

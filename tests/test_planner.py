@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import re
 import time
 
 import flax.linen as nn
@@ -16,6 +17,7 @@ from kimijax.cache import empty_cache
 from kimijax.config import (
     CompressedConfig,
     GroupConfig,
+    KDAConfig,
     LayerConfig,
     MLAConfig,
     ModelConfig,
@@ -214,6 +216,16 @@ def test_a_prefill_in_chunks_stands_behind_its_cache_and_works_on_a_chunk():
     assert short.hbm["weights"] == pytest.approx(2 * long.hbm["weights"], rel=0.01)
     for part in ("queries", "partials", "tensor"):
         assert short.links[part] == pytest.approx(long.links[part], rel=1e-6)
+
+
+def test_a_chunk_behind_a_dealt_cache_gathers_no_input_of_a_convolution():
+    cfg = presets.kimi_linear_tiny()
+    job = Job(cfg, "prefill", 1024, dtype="float32", chunk=256)
+    text = lower(job, layout(job, make_mesh({"seq": 8}))).compile().as_text()
+    sent = re.findall(r"= \w+\[([0-9,]*)\]\S* (?:all-gather|all-reduce|all-to-all)", text)
+    kda = next(x.mixer for x in cfg.layers if isinstance(x.mixer, KDAConfig))
+    whole = 256 * 3 * kda.heads * kda.head_dim  # query, key and value of all tokens
+    assert sent and max(math.prod(map(int, s.split(","))) for s in sent if s) < whole / 2
 
 
 def test_planning_k2_takes_a_moment():
