@@ -6,6 +6,7 @@ device's tokens n: the compiler reuses memory, so of the stages of a layer the l
     layer input          2 n d w                            w bytes a number; itself and its norm
     kept inputs          layers n d w                       training: layers are computed twice
     attention            n h (4 (k + p) w + 6 v 4)          queries, float32 Partials, moved copies
+      of a chunk         N h ((k + p) w + 2 (v + 1) 4)      N: of all devices of a row
     feed-forward         3 n f w
     experts              rows (d + 2 f) w, or (2 rows +     rows of tokens at experts here, rows'
                            rows') d w when they go back     with the choices of one in tiles
@@ -177,6 +178,9 @@ def stages(job: Job, plan: Plan, layer: LayerConfig) -> tuple[float, float]:
     n, width = tokens_of_device(job, plan), jnp.dtype(job.dtype).itemsize
     tensor = plan.mesh.shape["tensor"]
     match layer.mixer:
+        case MLAConfig(heads=h, nope_dim=k, rope_dim=p, v_dim=v) if job.chunk:
+            # Queries of all devices are here, and their Partials before and after they are merged.
+            mixer = n * plan.ways * h / tensor * ((k + p) * width + 2 * (v + 1) * 4)
         case MLAConfig(heads=h, nope_dim=k, rope_dim=p, v_dim=v):
             mixer = n * h / tensor * (4 * (k + p) * width + 6 * v * 4)
         case KDAConfig(heads=h, head_dim=k):
