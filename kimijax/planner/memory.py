@@ -43,7 +43,7 @@ from kimijax.planner.job import RATE, Job
 from kimijax.train.loss import TOKENS
 
 SLOTS = (*LARGE, "block_pos", "block_seg")  # states of a cache that grow with its slots
-SUBLANES = 8  # of a TPU's tile: an array's last dim but one is padded to as many
+SUBLANES, LANES = 8, 128  # of a TPU's tile: what an array's last two dims are padded to
 
 
 def device_bytes(tree) -> int:
@@ -76,14 +76,19 @@ def is_expert(path, x) -> bool:
 def copied_experts(job: Job, params) -> tuple[float, float]:
     """Bytes (at one time, in a pass) of expert matrices that are copied out of their stack.
 
-    Behind a cache none is. Elsewhere a scan over layers hands `grouped_matmul` a slice, which is a
-    copy: one matrix after the other.
+    Behind a cache none is, but for packed ones whose last dim is no multiple of a tile's lanes:
+    XLA has another dim last there, and turns all of them before the loop over layers. Elsewhere a
+    scan over layers hands `grouped_matmul` a slice, which is a copy: one matrix after the other.
     """
+    found = [(p[-1].key, x) for p, x in tree_flatten_with_path(params)[0] if is_expert(p, x)]
     if job.cached:
-        return 0.0, 0.0
-    found = [(leaf_bytes(x), x.shape[0]) for p, x in tree_flatten_with_path(params)[0]
-             if is_expert(p, x)]
-    return max((size / n for size, n in found), default=0.0), float(sum(s for s, _ in found))
+        turned = sum(
+            leaf_bytes(x) * (-(-x.shape[-1] // LANES) * LANES / x.shape[-1]) for name, x in found
+            if name.endswith("_packed") and x.shape[-1] % LANES
+        )
+        return turned, turned
+    sizes = [(leaf_bytes(x), x.shape[0]) for _, x in found]
+    return max((size / n for size, n in sizes), default=0.0), float(sum(s for s, _ in sizes))
 
 
 def _cached(job: Job, plan: Plan) -> dict[str, float]:
