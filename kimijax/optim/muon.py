@@ -170,9 +170,12 @@ def newton_schulz(
     a, b, c = COEFFICIENTS
     exact = jax.lax.Precision.HIGHEST if jnp.dtype(dtype) == jnp.float32 else None
     norm = jnp.sqrt(total(jnp.sum(x * x, (1, 2), keepdims=True)))
-    x = (x / (norm + EPSILON)).astype(dtype)
-    for _ in range(STEPS):
+
+    def step(_, x):
         gram = total(jnp.einsum("nrc,nsc->nrs", x, x, precision=exact))
         mix = b * gram + c * jnp.einsum("nrs,nst->nrt", gram, gram, precision=exact)
-        x = a * x + jnp.einsum("nrs,nsc->nrc", mix, x, precision=exact)
-    return x.astype(jnp.float32)
+        return a * x + jnp.einsum("nrs,nsc->nrc", mix, x, precision=exact)
+
+    # A loop: written out, five times the code of every shape is compiled.
+    x = (x / (norm + EPSILON)).astype(dtype)
+    return jax.lax.fori_loop(0, STEPS, step, x).astype(jnp.float32)
