@@ -13,12 +13,16 @@ Rules = dict[str, tuple[str, ...]]
 WHOLE = (  # dims that every device holds whole
     "q_rank", "latent", "head_dim", "norm", "layers", "tap", "gate_rank", "index", "index_keys",
     "block", "input_block", "kv_heads",  # few: they need not divide the axis of heads
+    "routed_out",
 )
+DEALT = ("data", "seq")  # in training, weights and optimizer state lie in as many pieces
 _COMMON: Rules = {
     "heads": ("tensor",), "ffn": ("tensor",), "vocab": ("tensor",),
-    "expert": ("expert",), **dict.fromkeys(WHOLE, ()),
+    "expert": ("expert",), "routed": ("tensor",), **dict.fromkeys(WHOLE, ()),
 }
-TRAIN: Rules = _COMMON | {"embed": ("data", "seq")}  # weights and optimizer state are dealt out
+# What routed experts bring back, e f d, is cut along f: pieces of d would be a last dim of a few
+# numbers, which a TPU pads to 128.
+TRAIN: Rules = _COMMON | {"embed": DEALT, "routed": ("tensor", *DEALT)}
 SERVE: Rules = _COMMON | {"embed": ()}
 
 
