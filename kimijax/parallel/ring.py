@@ -6,8 +6,6 @@ from kernels_pallas.attention import overlap
 from kernels_pallas.partial import Partial, empty, merge
 from kimijax.parallel.device import Local, add, floats_of, zeros_like
 
-MANY = 4096  # tokens of a device
-
 
 def ring_forward(at: Local, q, kv, up) -> Partial:
     """N - 1 sends, each begun before the attention to what is here."""
@@ -24,8 +22,7 @@ def ring_forward(at: Local, q, kv, up) -> Partial:
         return in_turn((use(acc, kv), coming)), None
 
     start = (empty(q.nope.shape[:3], width), kv)
-    unroll = _unroll(at, q.nope.shape[1])
-    (acc, kv), _ = jax.lax.scan(hop, start, length=at.axes.ways - 1, unroll=unroll)
+    (acc, kv), _ = jax.lax.scan(hop, start, length=at.axes.ways - 1, unroll=_unroll(at))
     return use(acc, kv)
 
 
@@ -60,8 +57,7 @@ def ring_backward(at: Local, q, kv, up, lse, d_out, delta):
     start = (kv, of.start(asked, up), none)
     if at.axes.ways > 1:
         start, _ = hop(start, None)
-    unroll = _unroll(at, q.nope.shape[1])
-    carry, _ = jax.lax.scan(lagged, start, length=max(at.axes.ways - 2, 0), unroll=unroll)
+    carry, _ = jax.lax.scan(lagged, start, length=max(at.axes.ways - 2, 0), unroll=_unroll(at))
     kv, sums, d_kv = carry
     if at.axes.ways > 1:
         d_kv = send(at, d_kv)
@@ -86,11 +82,6 @@ def in_turn(carry):
     return jax.lax.optimization_barrier(carry)
 
 
-def _unroll(at: Local, tokens: int) -> int:
-    """On a TPU a plain scan copies what travels in every hop; two hops a body copy nothing.
-
-    Of MANY tokens the copies are under a hundredth of a hop, and a kernel of every hop that is
-    written out is compiled: in a layer 4 forward and 4 or 5 backward where 2 and 3 do.
-    """
-    on_tpu = at.axes.mesh.devices.flat[0].platform == "tpu"
-    return 2 if on_tpu and at.axes.ways > 2 and tokens < MANY else 1
+def _unroll(at: Local) -> int:
+    """On a TPU a plain scan copies what travels in every hop; two hops a body copy nothing."""
+    return 2 if at.axes.mesh.devices.flat[0].platform == "tpu" and at.axes.ways > 2 else 1
