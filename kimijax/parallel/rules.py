@@ -22,8 +22,9 @@ _COMMON: Rules = {
 }
 # What routed experts bring back, e f d, is cut along f: pieces of d would be a last dim of a few
 # numbers, which a TPU pads to 128.
-TRAIN: Rules = _COMMON | {"embed": DEALT, "routed": ("tensor", *DEALT)}
-SERVE: Rules = _COMMON | {"embed": ()}
+TRAIN: Rules = _COMMON | {"embed": DEALT, "routed": ("tensor", *DEALT), "q_input": DEALT}
+SERVE: Rules = _COMMON | {"embed": (), "q_input": ()}
+MAY_LIE_WHOLE = ("q_input",)  # where axes do not divide them: of the rank of MLA's queries
 
 
 def spec(names: tuple[str | None, ...], mesh: Mesh, rules: Rules, what: str) -> PartitionSpec:
@@ -55,6 +56,10 @@ def shardings(boxed, mesh: Mesh, rules: Rules):
         what = ".".join(str(getattr(key, "key", key)) for key in path)
         names = leaf.names if isinstance(leaf, nn.Partitioned) else ()
         shape = leaf.value.shape if isinstance(leaf, nn.Partitioned) else leaf.shape
+        names = tuple(
+            None if name in MAY_LIE_WHOLE and size % math.prod(mesh.shape[a] for a in rules[name])
+            else name for name, size in zip(names, shape, strict=False)
+        )
         found = spec(names, mesh, rules, what)
         for name, size, axes in zip(names, shape, found, strict=False):
             axes = (axes,) if isinstance(axes, str) else axes
