@@ -33,7 +33,7 @@ COMPUTES = ("fusion", "custom-call", "while")
 
 def layers() -> ModelConfig:
     """Two layers of K2, made small."""
-    mixer = {"heads": 2, "q_rank": 256, "kv_rank": 128}
+    mixer = {"heads": 2, "q_rank": None, "kv_rank": 128}
     ffn = {"experts": EXPERTS, "top_k": 2, "width": FFN, "shared_width": FFN}
     cfg = override(presets.kimi_k2(), {
         "width": WIDTH, "vocab": 1024,
