@@ -70,7 +70,7 @@ class MoE(nn.Module):
         empty = nn.initializers.zeros
         match c.weights:
             case None:
-                axes = ("expert", *axes)
+                axes = ("expert", *(("routed", "routed_out") if name == "down" else axes))
                 own = weight(self, name, (c.experts, *shape), axes, fan_in(inputs))
                 return own if held is None else held.stacks[name]
             case Int4Config(group=g):

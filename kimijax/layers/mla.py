@@ -55,7 +55,7 @@ class MLA(nn.Module):
         if c.q_rank:
             x = self._proj("q_down", (width, c.q_rank), ("embed", "q_rank"))("btd,dq->btq", x)
             x = RMSNorm(c.latent_eps, name="q_norm")(x)
-            name, width = "q_rank", c.q_rank
+            name, width = "q_input", c.q_rank
         q = self._proj("q", (width, c.heads, dims), (name, "heads", "head_dim"))
         q = q("btd,dhk->bthk", x)
         return (q[..., : c.nope_dim], q[..., c.nope_dim :] if c.rope_dim else None)

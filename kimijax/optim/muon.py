@@ -141,38 +141,46 @@ def orthogonal(
 ) -> jax.Array:
     """0.2 sqrt(max(rows, columns)) NS5(x) of every matrix of a weight, float32."""
     _, rows, columns = matrices.sizes(x.shape)
-    f = functools.partial(_in_chunks, dtype)
+    f = functools.partial(_in_chunks, dtype, rows > columns)
     if where is not None:
         y = apply_dealt(f, x, matrices, where)
     else:
-        turn = (lambda x: x.swapaxes(1, 2)) if rows > columns else lambda x: x
-        y = matrices.unstack(turn(f(turn(matrices.stack(x)), lambda part: part)), x.shape)
+        y = matrices.unstack(f(matrices.stack(x), lambda part: part), x.shape)
     return y * (RMS * max(rows, columns) ** 0.5)
 
 
-def _in_chunks(dtype: jnp.dtype, x: jax.Array, total: Callable) -> jax.Array:
+def _in_chunks(dtype: jnp.dtype, tall: bool, x: jax.Array, total: Callable) -> jax.Array:
     """`newton_schulz` of n r c, of as many at a time as CHUNK_BYTES hold."""
     n, rows, columns = x.shape
     together = max(1, CHUNK_BYTES // (rows * columns * 4))
     if together >= n:
-        return newton_schulz(x, total, dtype)
-    one = lambda m: newton_schulz(m[None], total, dtype)[0]  # noqa: E731
+        return newton_schulz(x, total, dtype, tall)
+    one = lambda m: newton_schulz(m[None], total, dtype, tall)[0]  # noqa: E731
     return jax.lax.map(one, x, batch_size=together)
 
 
 def newton_schulz(
-    x: jax.Array, total: Callable[[jax.Array], jax.Array], dtype: jnp.dtype = jnp.float32
+    x: jax.Array, total: Callable[[jax.Array], jax.Array], dtype: jnp.dtype = jnp.float32,
+    tall: bool = False,
 ) -> jax.Array:
-    """Towards the orthogonal factor of matrices n r c (r <= c), by five quintic steps; float32.
+    """Towards the orthogonal factor of matrices n r c, by five quintic steps; float32.
 
-    total  sums what the products over columns give here over the devices that hold the others
+    total  sums what products over the longer dim give here over the devices that hold its rest
+    tall   that is r, not c. Such a matrix is not transposed: r may lie in pieces, and a piece
+           would become a dim that is padded to a tile's
     """
     a, b, c = COEFFICIENTS
     exact = jax.lax.Precision.HIGHEST if jnp.dtype(dtype) == jnp.float32 else None
+    dot = functools.partial(jnp.einsum, precision=exact)
+    squared, through = "nrc,nsc->nrs", "nrs,nsc->nrc"
+    if tall:
+        squared, through = "nrc,nrd->ncd", "ndc,nrd->nrc"
     norm = jnp.sqrt(total(jnp.sum(x * x, (1, 2), keepdims=True)))
+
+    def step(_, x):
+        gram = total(dot(squared, x, x))
+        return a * x + dot(through, b * gram + c * dot("nrs,nst->nrt", gram, gram), x)
+
+    # A loop: written out, five times the code of every shape is compiled.
     x = (x / (norm + EPSILON)).astype(dtype)
-    for _ in range(STEPS):
-        gram = total(jnp.einsum("nrc,nsc->nrs", x, x, precision=exact))
-        mix = b * gram + c * jnp.einsum("nrs,nst->nrt", gram, gram, precision=exact)
-        x = a * x + jnp.einsum("nrs,nsc->nrc", mix, x, precision=exact)
-    return x.astype(jnp.float32)
+    return jax.lax.fori_loop(0, STEPS, step, x).astype(jnp.float32)

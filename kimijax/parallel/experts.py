@@ -4,6 +4,7 @@ import functools
 from collections.abc import Callable
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
 from kimijax.errors import UserError
@@ -15,11 +16,14 @@ AXIS = "expert"
 
 
 def experts(
-    axes: Axes, compute: Callable, exchange: str | None, x, ids, weight, gate, up, down, layer=None
+    axes: Axes, compute: Callable, exchange: str | None, dealt_over: tuple[str, ...],
+    x, ids, weight, gate, up, down, layer=None,
 ):
     """The contract of kimijax.ops.moe.tiled_experts, which `compute` has too.
 
-    exchange  one of EXCHANGES; None: the cheaper
+    exchange    one of EXCHANGES; None: the cheaper
+    dealt_over  the axes over which the training of floats deals their matrices as well: gate and
+                up along d, down along f (rules.TRAIN)
     """
     rows, dealt = axes.place(x.shape[:2])
     ways, all_of = axes.mesh.shape[AXIS], count(gate, layer)
@@ -33,11 +37,12 @@ def experts(
     link = Link(AXIS, ways, own, axes.mesh.devices.flat[0].platform != "cpu")
     swap = EXCHANGES[exchange or cheaper(ways, ids.shape[-1])]
     lead = () if layer is None else (None,)
-    whole = lambda w: jax.tree.map(lambda _: P(*lead, AXIS), w)  # noqa: E731
+    pieces = dealt_over if cut and layer is None else ()
     of_weights = tuple(
-        whole(w) if cut is None else P(*lead, *spec)
+        jax.tree.map(lambda _, spec=spec: P(*lead, AXIS, *spec), w)
         for w, spec in zip(
-            (gate, up, down), ((AXIS, None, cut), (AXIS, None, cut), (AXIS, cut)), strict=True
+            (gate, up, down),
+            ((pieces, cut), (pieces, cut), ((*(cut or ()), *pieces), None)), strict=True,
         )
     )
 
@@ -46,6 +51,9 @@ def experts(
         in_specs=(token, token, token, *of_weights, P()),
     )
     def local(x, ids, weight, gate, up, down, layer):
+        if pieces:
+            gate, up, down = (gathered(pieces, x.dtype, w) for w in (gate, up, down))
+
         def said(x, ids, weight):
             ids = ids - jax.lax.axis_index(AXIS) * own
             y = compute(x, ids, weight, gate, up, down, layer)
@@ -56,3 +64,25 @@ def experts(
         return swap(link, said, x, ids, weight) if ways > 1 else said(x, ids, weight)
 
     return local(x, ids, weight, gate, up, down, layer)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def gathered(names: tuple[str, ...], dtype: jnp.dtype, w: jax.Array) -> jax.Array:
+    """Pieces of the second dim of weights, cast where they lie, whole: half of float32 is sent.
+
+    Gradients, in the dtype of the products as those of any projection, are summed over the devices
+    in float32, and each keeps the piece that is its own.
+    """
+    return jax.lax.all_gather(w.astype(dtype), names, axis=1, tiled=True)
+
+
+def _forward(names, dtype, w):
+    return gathered(names, dtype, w), None
+
+
+def _backward(names, dtype, _, d_w):
+    d_w = d_w.astype(jnp.float32)
+    return (jax.lax.psum_scatter(d_w, names, scatter_dimension=1, tiled=True),)
+
+
+gathered.defvjp(_forward, _backward)

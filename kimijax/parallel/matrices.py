@@ -2,7 +2,8 @@
 
 A weight lies in pieces of its matrices. Whole matrices are dealt out where there are enough of
 them, by one all-to-all there and one back: then nothing is summed. Of few matrices each device
-takes some columns, and products over columns are summed, which are no larger than rows x rows.
+takes a piece of the longer dim, and products over it are summed, which are no larger than the
+square of the other.
 XLA, told the same by shardings alone, gathers the whole weight on every device.
 """
 
@@ -33,20 +34,17 @@ def apply_dealt(
 ) -> jax.Array:
     """f of the matrices of a weight that lies as `sharding` says, and lies so again.
 
-    f(x, total)  n r c -> n r c where r <= c, of whole matrices or some of their columns; `total`
-                 sums what products over columns give over the devices that hold the others
+    f(x, total)  n r c -> n r c, of whole matrices or pieces of their longer dim (c if r = c);
+                 `total` sums what products over it give over the devices that hold the others
     """
     mesh = sharding.mesh
     n, rows, columns = matrices.sizes(x.shape)
-    turned = rows > columns
+    longer = ROWS if rows > columns else COLUMNS
 
     def local(x):
-        shape, stacked = x.shape, matrices.stack(x)
-        stacked = stacked.swapaxes(1, 2) if turned else stacked
-        y = _moved(f, stacked, held, over, mesh)
-        return matrices.unstack(y.swapaxes(1, 2) if turned else y, shape)
+        return matrices.unstack(_moved(f, matrices.stack(x), held, longer, over, mesh), x.shape)
 
-    held, counted = _held(matrices, sharding, x.ndim, turned)
+    held, counted = _held(matrices, sharding, x.ndim)
     sizes = n // counted, min(rows, columns), max(rows, columns)
     over = axes_over(mesh, sizes, held)
     run = jax.shard_map(
@@ -56,7 +54,7 @@ def apply_dealt(
 
 
 def _held(
-    matrices: Matrices, sharding: NamedSharding, ndim: int, turned: bool
+    matrices: Matrices, sharding: NamedSharding, ndim: int
 ) -> tuple[tuple[Held, ...], int]:
     """The axes over rows and columns, outer ones first, and the devices that count apart."""
     spec = tuple(sharding.spec) + (None,) * (ndim - len(sharding.spec))
@@ -64,17 +62,19 @@ def _held(
     names = lambda i: (spec[i],) if isinstance(spec[i], str) else spec[i] or ()  # noqa: E731
     held = tuple(
         Held(axis, dim)
-        for dim, part in zip((ROWS, COLUMNS), parts[::-1] if turned else parts, strict=True)
+        for dim, part in zip((ROWS, COLUMNS), parts, strict=True)
         for i in part for axis in names(i)
     )
     return held, math.prod(sharding.mesh.shape[a] for i in batch for a in names(i))
 
 
-def _moved(f, x, held: tuple[Held, ...], over: tuple[str, ...], mesh: Mesh) -> jax.Array:
-    """f of local n r c after matrices or columns have come together, and everything back."""
+def _moved(
+    f, x, held: tuple[Held, ...], longer: int, over: tuple[str, ...], mesh: Mesh
+) -> jax.Array:
+    """f of local n r c after matrices or pieces have come together, and everything back."""
     n = x.shape[0]
     x = jnp.pad(x, ((0, -n % math.prod(mesh.shape[a] for a in over)), (0, 0), (0, 0)))
-    to = [0 if h.axis in over else COLUMNS for h in held]
+    to = [0 if h.axis in over else longer for h in held]
     moves = [(h.axis, h.dim, there) for h, there in zip(held, to, strict=True) if h.dim != there]
     for axis, dim, there in reversed(moves):  # inner blocks join first
         x = jax.lax.all_to_all(x, axis, split_axis=there, concat_axis=dim, tiled=True)

@@ -180,7 +180,9 @@ def _ops(plan: Plan) -> Ops:
         top_blocks=partial(blocks.top_blocks, axes, impl),
         delta=_apart(axes, partial(delta_runs, impl=impl)),
         kda=_apart(axes, partial(kda, impl=impl), dealt=False),
-        experts=partial(experts.experts, axes, compute, plan.exchange),
+        experts=partial(
+            experts.experts, axes, compute, plan.exchange, rules.DEALT if plan.train else ()
+        ),
         rows=dealt_rows(axes),
         exact=plan.exact,
         remat=plan.remat,
@@ -190,7 +192,7 @@ def _ops(plan: Plan) -> Ops:
         runs=runs,
         ways=plan.ways,
         batch=plan.mesh.shape["data"],
-        compiler=compiler.serving(plan.mesh.devices.flat[0].device_kind),
+        compiler=compiler.serving(plan.mesh),
     )
 
 

@@ -13,13 +13,18 @@ Rules = dict[str, tuple[str, ...]]
 WHOLE = (  # dims that every device holds whole
     "q_rank", "latent", "head_dim", "norm", "layers", "tap", "gate_rank", "index", "index_keys",
     "block", "input_block", "kv_heads",  # few: they need not divide the axis of heads
+    "routed_out",
 )
+DEALT = ("data", "seq")  # in training, weights and optimizer state lie in as many pieces
 _COMMON: Rules = {
     "heads": ("tensor",), "ffn": ("tensor",), "vocab": ("tensor",),
-    "expert": ("expert",), **dict.fromkeys(WHOLE, ()),
+    "expert": ("expert",), "routed": ("tensor",), **dict.fromkeys(WHOLE, ()),
 }
-TRAIN: Rules = _COMMON | {"embed": ("data", "seq")}  # weights and optimizer state are dealt out
-SERVE: Rules = _COMMON | {"embed": ()}
+# What routed experts bring back, e f d, is cut along f: pieces of d would be a last dim of a few
+# numbers, which a TPU pads to 128.
+TRAIN: Rules = _COMMON | {"embed": DEALT, "routed": ("tensor", *DEALT), "q_input": DEALT}
+SERVE: Rules = _COMMON | {"embed": (), "q_input": ()}
+MAY_LIE_WHOLE = ("q_input",)  # where axes do not divide them: of the rank of MLA's queries
 
 
 def spec(names: tuple[str | None, ...], mesh: Mesh, rules: Rules, what: str) -> PartitionSpec:
@@ -51,6 +56,10 @@ def shardings(boxed, mesh: Mesh, rules: Rules):
         what = ".".join(str(getattr(key, "key", key)) for key in path)
         names = leaf.names if isinstance(leaf, nn.Partitioned) else ()
         shape = leaf.value.shape if isinstance(leaf, nn.Partitioned) else leaf.shape
+        names = tuple(
+            None if name in MAY_LIE_WHOLE and size % math.prod(mesh.shape[a] for a in rules[name])
+            else name for name, size in zip(names, shape, strict=False)
+        )
         found = spec(names, mesh, rules, what)
         for name, size, axes in zip(names, shape, found, strict=False):
             axes = (axes,) if isinstance(axes, str) else axes

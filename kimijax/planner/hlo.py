@@ -5,6 +5,10 @@ import re
 from typing import NamedTuple
 
 SENDS = ("collective-permute", "collective-permute-start")
+COLLECTIVES = re.compile(
+    r"(all-reduce|all-gather|reduce-scatter|all-to-all|ragged-all-to-all|collective-permute)"
+    r"(-start)?"
+)
 _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) .*\{$")
 _OP = re.compile(r"^\s+(?:ROOT )?%?([\w.\-]+) = (.*?) ([a-z][\w\-]*)\((.*)$")
 _ARRAY = re.compile(r"\b(pred|[a-z]+\d+)\[([\d,]*)\]")
@@ -68,6 +72,41 @@ def array_bytes(shape: str) -> int:
         bits(kind) * math.prod(map(int, filter(None, dims.split(",")))) // 8
         for kind, dims in _ARRAY.findall(shape)
     )
+
+
+class Collective(NamedTuple):
+    """An instruction by which devices meet, and the loops around it, the innermost last."""
+
+    op: Op
+    kind: str
+    asynchronous: bool  # begun in one place and waited for in another, or run on a SparseCore
+    bytes: int  # of its result on a device
+    loops: tuple[str, ...]  # their bodies
+
+
+def collectives(program: Program) -> list[Collective]:
+    """All of a program, each once, however often its loops run."""
+    found, seen = [], set()
+
+    def visit(name: str, asynchronous: bool, loops: tuple[str, ...]) -> None:
+        if name in seen:
+            return
+        seen.add(name)
+        ops = program.computations[name]
+        for op in ops.values():
+            if match := COLLECTIVES.fullmatch(op.kind):
+                # The shape of a start holds operands, results and flags: operands travel.
+                moved = "".join(ops[x].shape for x in op.operands[:1] if x in ops)
+                size = array_bytes(moved if match[2] else op.shape)
+                late = asynchronous or bool(match[2])
+                found.append(Collective(op, match[1], late, size, loops))
+            inner = op.kind == "async-start"
+            for called in op.called:
+                within = (*loops, called) if op.kind == "while" else loops
+                visit(called, asynchronous or inner, within)
+
+    visit(program.entry, False, ())
+    return found
 
 
 def sent_bytes(program: Program, computation: str | None = None) -> int:

@@ -10,8 +10,8 @@ device's tokens n: the compiler reuses memory, so of the stages of a layer the l
     feed-forward         3 n f w
     experts              rows (d + 2 f) w, or (2 rows +     rows of tokens at experts here, rows'
                            rows') d w when they go back     with the choices of one in tiles
-    a training's layer   twice the stage; its weights and   all float32: the compiler gathers before
-                           two thirds of their gradients    it casts, which doubles what is sent
+    a training's layer   twice the stage; its weights and   w bytes a number; gradients float32,
+                           two thirds of their gradients    as they are summed
 """
 
 import functools
@@ -131,7 +131,7 @@ def _working(job: Job, plan: Plan, params) -> dict[str, float]:
     largest = passes * max(max(stages(job, plan, layer)) for layer in set(layers))
     found = {}
     if train:
-        found["gathered"] = _gathered(params)
+        found["gathered"] = _gathered(params, width)
         found["layer inputs"] = len(layers) * n * d * width
     if not job.cached and plan.ways > 1:
         found["ring buffers"] = max(_ring(layer, n, width, train) for layer in set(layers))
@@ -142,10 +142,10 @@ def _working(job: Job, plan: Plan, params) -> dict[str, float]:
     return found
 
 
-def _gathered(params) -> float:
-    """Weights of one layer that came whole from data and seq, float32, and gradients of them.
+def _gathered(params, width: int) -> float:
+    """Weights of one layer that came whole from data and seq, cast, and gradients of them.
 
-    As many arrays as 3 matrices of an expert and 2 gradients that are on their way home.
+    As many arrays as 3 matrices of an expert and 2 gradients, float32, that are on their way home.
     """
     layers: dict[tuple, float] = {}
     for path, x in tree_flatten_with_path(params)[0]:
@@ -154,7 +154,7 @@ def _gathered(params) -> float:
             key = tuple(k.key for k in path[:3])  # params, group, layer
             size = leaf_bytes(x) * ways / (x.shape[0] if x.ndim > 1 else 1)
             layers[key] = layers.get(key, 0.0) + size
-    return 5 / 3 * max(layers.values(), default=0.0)
+    return (width / 4 + 2 / 3) * max(layers.values(), default=0.0)
 
 
 def dealt_ways(x: jax.ShapeDtypeStruct) -> int:

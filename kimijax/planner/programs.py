@@ -6,7 +6,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from kimijax.generate import decoder
 from kimijax.model import Model
-from kimijax.optim import muon
+from kimijax.optim import muon, qk_clip
 from kimijax.parallel.plan import Plan
 from kimijax.planner import job as jobs
 from kimijax.planner.job import RATE, Job
@@ -58,7 +58,7 @@ def decode(job: Job, plan: Plan) -> jax.stages.Lowered:
 
 
 def train(job: Job, plan: Plan) -> jax.stages.Lowered:
-    """A step of training with Muon; its state is donated."""
+    """A step of training with MuonClip; its state is donated."""
     model = Model(job.cfg, plan.ops(), jnp.dtype(job.dtype))
     shardings = plan.shardings(job.cfg)
     optimizer = muon(jobs.boxed(job.cfg), RATE, dtype=jnp.bfloat16, shardings=shardings)
@@ -66,8 +66,11 @@ def train(job: Job, plan: Plan) -> jax.stages.Lowered:
     state = jobs.shapes(init_shapes(model, optimizer), where)
     ids, runs = rows(job, plan)
     weight = jax.ShapeDtypeStruct(ids.shape, jnp.float32, sharding=ids.sharding)
+    # Logits of normed queries and keys do not follow the weights that QK-Clip shrinks.
+    normed = any(getattr(layer.mixer, "qk_norm", None) for layer in job.cfg.layers)
     step = make_step(
-        language_model(model, runs=runs), optimizer, balance_rate=1e-3, where=where
+        language_model(model, runs=runs), optimizer, balance_rate=1e-3,
+        qk_clip=None if normed else qk_clip(job.cfg, tau=100.0), where=where,
     )
     return step.lower(state, Rows(ids, ids, ids, ids, weight))
 

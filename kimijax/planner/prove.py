@@ -20,10 +20,6 @@ from kimijax.planner.estimate import Estimate
 from kimijax.planner.job import Job, layout
 
 LARGEST = 8  # buffers that are named
-KINDS = re.compile(
-    r"(all-reduce|all-gather|reduce-scatter|all-to-all|ragged-all-to-all|collective-permute)"
-    r"(-start)?"
-)
 
 
 class Buffer(NamedTuple):
@@ -125,13 +121,8 @@ def buffers(report: str) -> tuple[Buffer, ...]:
 def collectives(text: str) -> tuple[Collective, ...]:
     """Of a program's text, by kind."""
     count, size = Counter(), Counter()
-    for ops in hlo.parse(text).computations.values():
-        for op in ops.values():
-            if found := KINDS.fullmatch(op.kind):
-                key = found[1], bool(found[2])
-                count[key] += 1
-                # The shape of a start holds operands, results and flags: operands travel.
-                moved = (ops[x].shape for x in op.operands[:1] if x in ops)
-                shape = "".join(moved) if found[2] else op.shape
-                size[key] += hlo.array_bytes(shape)
+    for found in hlo.collectives(hlo.parse(text)):
+        key = found.kind, found.asynchronous
+        count[key] += 1
+        size[key] += found.bytes
     return tuple(Collective(*key, count[key], size[key]) for key in sorted(count))

@@ -43,6 +43,9 @@ from kimijax.planner.memory import (
 
 # Of forwards in a step: the forward, the same again, and gradients of inputs and of weights.
 NEEDED, AGAIN = 3, 1
+# Of the float32 bytes of a dealt weight: routed experts' come twice as bfloat16 and go home as
+# float32, others come three times and go home as bfloat16.
+SENT = 2
 # What a ring sends forward: there, there again, and with the backward latents and their float32
 # gradients.
 RING_FLOATS = 2  # float32 numbers over those of the activations' two bytes
@@ -282,4 +285,4 @@ def _exchanged(job: Job, plan: Plan, moe: MoEConfig, size: float) -> float:
 def _gathered(job: Job, plan: Plan) -> float:
     """Weights dealt over data and seq come whole in every pass, and their gradients go home."""
     params = jax.tree.leaves(jobs.weights(job, plan))
-    return float(sum((NEEDED + AGAIN) * (dealt_ways(x) - 1) * leaf_bytes(x) for x in params))
+    return float(sum(SENT * (dealt_ways(x) - 1) * leaf_bytes(x) for x in params))

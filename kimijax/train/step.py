@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from kimijax.parallel.compiler import options
 from kimijax.train.state import TrainState
 
 NORM_MEMORY = 0.98  # of the running mean of gradient norms, per step
@@ -68,7 +69,10 @@ def make_step(
         return TrainState(state.step, params, opt_state, mean, state.skipped)
 
     # Metrics are whole on every device, as the step count is.
-    return jax.jit(step, donate_argnums=0, out_shardings=where and (where, where.step))
+    return jax.jit(
+        step, donate_argnums=0, out_shardings=where and (where, where.step),
+        compiler_options=where and options(where.step.mesh),
+    )
 
 
 def gradients(loss: Callable, parts: int, params, batch, *constants) -> Found:

@@ -1,4 +1,4 @@
-"""Programs of a mesh of TPU chips that are not there: what their compiler says of memory."""
+"""Programs of a mesh of TPU chips that are not there: what their compiler says of them."""
 
 import json
 import os
@@ -8,21 +8,60 @@ import sys
 import pytest
 
 from kernels_pallas import aot
+from tests.parallel import aot_train
 from tests.parallel.aot_decode import TOKENS
 
 pytestmark = pytest.mark.skipif(aot.available() is not None, reason=str(aot.available()))
 
 
-def test_a_token_copies_nothing_of_a_long_cache_or_of_the_experts():
+def said_by(module: str, lines: int) -> list[dict]:
+    """The last lines that a module of these tests prints."""
     env = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"} | aot.environment()
     done = subprocess.run(
-        [sys.executable, "-m", "tests.parallel.aot_decode"], env=env, text=True,
-        capture_output=True, timeout=120,
+        [sys.executable, "-m", f"tests.parallel.{module}"], env=env, text=True,
+        capture_output=True, timeout=300,
     )
     assert done.returncode == 0, done.stderr[-500:]
-    dense, experts = map(json.loads, done.stdout.splitlines()[-2:])
+    return [json.loads(line) for line in done.stdout.splitlines()[-lines:]]
+
+
+def test_a_token_copies_nothing_of_a_long_cache_or_of_the_experts():
+    dense, experts = said_by("aot_decode", 2)
     assert dense["cache"] >= 4 * TOKENS["dense"] * 576 * 2
     assert dense["temp"] < 0.02 * dense["cache"]
     one = 192 * 3 * 7168 * 2048 * 2  # bytes of a layer's experts on a chip
     assert experts["weights"] >= 2 * one
     assert experts["temp"] < 0.02 * one
+
+
+@pytest.fixture(scope="module")
+def step():
+    """What the compiler says of a training step."""
+    return said_by("aot_train", 1)[0]
+
+
+def test_a_layer_computes_while_weights_come(step):
+    """No chip waits for a gather in the loop over layers, or for a hop of the ring."""
+    looped = [c for c in step["collectives"] if c["loops"]]
+    sends = {"all-gather", "reduce-scatter", "collective-permute"}
+    assert {c["kind"] for c in looped} >= sends
+    assert [c for c in looped if c["kind"] in sends and not c["asynchronous"]] == []
+    assert step["exposed"] == []
+
+    t, held = aot_train, aot_train.EXPERTS // 2
+    shapes = [c["shape"] for c in looped if c["kind"] == "all-gather"]
+    matrices = {f"[1,{held},{t.WIDTH},{t.FFN}]", f"[1,{held},{t.FFN},{t.WIDTH}]"}
+    assert matrices <= {shape.removeprefix("bf16") for shape in shapes}
+    assert not matrices & {shape.removeprefix("f32") for shape in shapes}
+
+
+def test_tokens_go_to_experts_and_back_once_a_layer(step):
+    """The forward pass, and the backward with the layer computed again."""
+    n, width = aot_train.TOKENS // 8, aot_train.WIDTH
+    ways = {"all-gather": f"bf16[1,{2 * n},{width}]", "reduce-scatter": f"bf16[1,{n},{width}]"}
+    found = {}
+    for c in step["collectives"]:
+        if c["loops"] and c["shape"] == ways.get(c["kind"]):
+            found.setdefault(c["loops"][0], []).append(c["kind"])
+    there, back = "all-gather", "reduce-scatter"
+    assert sorted(map(sorted, found.values())) == [[there, there, back], [there, back]]

@@ -1,6 +1,7 @@
 """Experts over devices say what they say on one, whatever the routing, forward and gradient."""
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -57,6 +58,28 @@ def want(routing: str, k: int):
 def test_exchanged_tokens_are_those_of_one_device(mesh, routing, k, exchange):
     compute = Plan(make_mesh(mesh), exchange=exchange).ops().experts
     assert_close(value_and_grads(compute, choices(routing, k)), want(routing, k))
+
+
+@pytest.mark.parametrize("mesh", [{"data": 2, "seq": 2, "expert": 2}, {"seq": 4, "tensor": 2}],
+                         ids=str)
+def test_matrices_dealt_in_training_are_those_of_one_device(mesh):
+    compute = Plan(make_mesh(mesh), train=True).ops().experts
+    assert_close(value_and_grads(compute, choices("even", 2)), want("even", 2))
+
+
+def test_matrices_travel_as_they_are_multiplied_and_gradients_are_summed_in_float32():
+    compute = Plan(make_mesh({"data": 2, "seq": 4}), train=True).ops().experts
+    ids = choices("even", 2)
+    x = jnp.zeros((ROWS, TOKENS, WIDTH), jnp.bfloat16)
+    up, down = jnp.zeros((EXPERTS, WIDTH, FFN)), jnp.zeros((EXPERTS, FFN, WIDTH))
+
+    def loss(matrices):
+        return compute(x, ids, jnp.zeros(ids.shape), *matrices).astype(jnp.float32).sum()
+
+    text = str(jax.make_jaxpr(jax.grad(loss))((up, up, down)))
+    kind = lambda name: re.findall(rf":(\w+)\[[\d,]*\] = {name}\[", text)  # noqa: E731
+    assert kind("all_gather") == ["bf16"] * 3
+    assert kind("reduce_scatter") == ["f32"] * 3
 
 
 def test_rounds_need_not_divide_the_tokens():

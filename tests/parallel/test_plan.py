@@ -1,10 +1,12 @@
 """Orders, meshes and rules: what they promise, and what they refuse."""
 
+import flax.linen as nn
 import jax
 import numpy as np
 import pytest
 
 from kimijax import presets
+from kimijax.config_tree import override
 from kimijax.errors import UserError
 from kimijax.model import Model, abstract_params
 from kimijax.ops.attend import local
@@ -106,3 +108,21 @@ def test_every_weight_of_a_preset_has_a_place(preset, train):
     table = rules.TRAIN if train else rules.SERVE
     assert names <= table.keys()
     assert jax.tree.structure(rules.shardings(boxed, mesh, table)) is not None
+
+
+def test_pieces_of_a_dealt_weight_are_whole_tiles_of_a_tpu():
+    """Of K2's largest weights and of its queries; a rank that has too few for the axes is whole."""
+    mesh = jax.sharding.AbstractMesh((1, 128, 4, 1), AXES)
+    cfg = presets.kimi_k2()
+
+    def last_dims(cfg):
+        boxed = abstract_params(Model(cfg, local()))
+        layer = rules.shardings(boxed, mesh, rules.TRAIN)["params"]["group_1"]["layer_0"]
+        shape = nn.unbox(boxed)["params"]["group_1"]["layer_0"]
+        at = lambda part, name: layer[part][name].shard_shape(shape[part][name].shape)  # noqa: E731
+        return at("ffn", "gate"), at("ffn", "down"), layer["mixer"]["q"]["w"].spec
+
+    gate, down, q = last_dims(cfg)
+    assert (gate, down) == ((60, 96, 56, 2048), (60, 96, 16, 7168))
+    assert q[1] == "seq"
+    assert not any(last_dims(override(cfg, {"groups.1.layers.0.mixer.q_rank": 1500}))[2])
