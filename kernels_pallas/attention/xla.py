@@ -18,7 +18,8 @@ import jax.numpy as jnp
 from kernels_pallas.attention.ref import visible
 from kernels_pallas.partial import Partial, empty, from_logits, merge
 
-TILE_Q, TILE_K = 256, 256
+TILE_Q, TILE_K = 256, 256  # they stay in the cache of a CPU
+LARGEST, LOGITS = 2048, 2**27  # on a GPU: rows of a tile, and logits of a pair of tiles
 FAR = jnp.iinfo(jnp.int32).max
 
 
@@ -86,6 +87,21 @@ def _unfold(x):
     return x.reshape(*x.shape[:2], -1, *x.shape[4:])
 
 
+def tile_sizes(q) -> tuple[int, int]:
+    """Queries and keys of a tile.
+
+    On a GPU a pair of tiles is a dozen kernels and a condition that the host waits for: few large
+    ones are seven times as fast as those that suit a CPU.
+    """
+    if jax.default_backend() != "gpu":
+        return TILE_Q, TILE_K
+    b, _, heads, _ = q.nope.shape
+    size = LARGEST
+    while b * heads * size**2 > LOGITS and size > TILE_Q:
+        size //= 2
+    return size, size
+
+
 def _rows(q, g, scale) -> Rows:
     """Queries as the products want them."""
     query = q.nope
@@ -118,10 +134,10 @@ def _pair(rows, columns) -> Partial:
 
 def forward(q, kv, *, scale: float) -> Partial:
     """The op's xla form. See the package docstring for the contract."""
-    t, g = q.nope.shape[1], kv.key.shape[2]
-    if t <= TILE_Q and kv.pos.shape[1] <= TILE_K:
+    t, g, (tile_q, tile_k) = q.nope.shape[1], kv.key.shape[2], tile_sizes(q)
+    if t <= tile_q and kv.pos.shape[1] <= tile_k:
         return Partial(*map(_unfold, _pair(_rows(q, g, scale), _columns(kv))))
-    columns = jax.vmap(_columns)(_tiles(kv, TILE_K))
+    columns = jax.vmap(_columns)(_tiles(kv, tile_k))
 
     def per_query_tile(q_tile):
         rows = _rows(q_tile, g, scale)
@@ -133,7 +149,7 @@ def forward(q, kv, *, scale: float) -> Partial:
         start = empty(rows.query.shape[:4], kv.value.shape[-1])
         return Partial(*map(_unfold, jax.lax.scan(step, start, columns)[0]))
 
-    out = jax.lax.map(per_query_tile, _tiles(q, min(TILE_Q, t)))
+    out = jax.lax.map(per_query_tile, _tiles(q, min(tile_q, t)))
     return Partial(*(_untile(x, t) for x in out))
 
 
@@ -153,7 +169,8 @@ def _pair_bwd(rows, columns, lse, d_out, delta):
 def grads(q, kv, lse, d_out, delta, *, scale: float):
     """The op's xla form. See the package docstring for the contract."""
     t, s, n, g = q.pos.shape[1], kv.pos.shape[1], q.nope.shape[-1], kv.key.shape[2]
-    if t <= TILE_Q and s <= TILE_K:
+    tile_q, tile_k = tile_sizes(q)
+    if t <= tile_q and s <= tile_k:
         folded = (_fold(x, g) for x in (lse, d_out, delta))
         d_query, *d_kv = _pair_bwd(_rows(q, g, scale), _columns(kv), *folded)
         d_query = _unfold(d_query)
@@ -173,7 +190,8 @@ def _blockwise_bwd(q, kv, lse, d_out, delta, scale):
     d_query b t h ..., before the scale, and (d_key, d_value) b g s ...
     """
     t, s, g = q.pos.shape[1], kv.pos.shape[1], kv.key.shape[2]
-    tile_q = min(TILE_Q, t)
+    tile_q, tile_k = tile_sizes(q)
+    tile_q = min(tile_q, t)
     rows = jax.vmap(lambda q: _rows(q, g, scale))(_tiles(q, tile_q))
     along = tuple(jax.vmap(_fold, (0, None))(_tile(x, tile_q, 1), g) for x in (lse, d_out, delta))
     zeros = lambda x: jnp.zeros(x.shape, jnp.float32)  # noqa: E731
@@ -194,6 +212,6 @@ def _blockwise_bwd(q, kv, lse, d_out, delta, scale):
         d_kv, d_query = jax.lax.scan(step, start, (rows, along, d_query))
         return d_query, d_kv
 
-    d_query, d_kv = jax.lax.scan(per_key_tile, zeros(rows.query), _tiles(kv, TILE_K))
+    d_query, d_kv = jax.lax.scan(per_key_tile, zeros(rows.query), _tiles(kv, tile_k))
     back = lambda x: jnp.moveaxis(_untile(jnp.moveaxis(x, 3, 2), s), 2, 1)  # noqa: E731
     return _untile(jax.vmap(_unfold)(d_query), t), tuple(map(back, d_kv))

@@ -146,6 +146,14 @@ def test_gradients_of_sets_of_keys_sum_to_that_of_all(rope, impl, tiles, rng, mo
     assert_close((*queries, keys.key, keys.value, keys.rope), want)
 
 
+@pytest.mark.parametrize("batch, heads, size", [(1, 16, 2048), (1, 64, 1024), (64, 64, 256)])
+def test_tiles_of_a_gpu_are_as_large_as_their_logits_may_be(monkeypatch, batch, heads, size):
+    q = Queries(jax.ShapeDtypeStruct((batch, 4096, heads, 128), jnp.bfloat16), *[None] * 4)
+    assert xla.tile_sizes(q) == (xla.TILE_Q, xla.TILE_K)
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    assert xla.tile_sizes(q) == (size, size)
+
+
 def test_gradients_by_an_unknown_name(rng):
     q, kv = _inputs(rng)
     with pytest.raises(ValueError, match="unknown impl='mosaic'"):
