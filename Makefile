@@ -59,7 +59,8 @@ $(PARITY_STAMP): $(STAMP)
 aot: $(AOT_STAMP)
 	@if [ -s $(AOT_STAMP) ]; then cat $(AOT_STAMP); else \
 	  JAX_PLATFORMS=cpu .venv-aot/bin/python -m $(if $(SAMPLE),pytest -q \
-	  tests/kernels/test_aot.py tests/parallel/test_aot.py,kernels_pallas.aot) $(ARGS); fi
+	  tests/kernels/test_aot.py tests/parallel/test_aot.py tests/parallel/test_planner_aot.py,\
+	  kernels_pallas.aot) $(ARGS); fi
 
 $(AOT_STAMP): $(STAMP)
 	$(call beside,.venv-aot)
