@@ -1,8 +1,9 @@
 """Which slice of TPUs do the Kimi models need for 128K to 4M tokens, how fast, and at what price?
 
-Ask     The smallest slice of v5e, v5p, v6e and tpu7x on which a row is read whole (prefill), or one
-        more token is made behind it (decode); bytes of a chip, bounds of time, dollars. Against a
-        cache of the keys and values of all heads, and against attention to chosen blocks.
+Ask     The smallest slice of v5e, v5p, v6e and tpu7x on which a row is read (prefill), whole or in
+        chunks behind a cache, or one more token is made behind it (decode); bytes of a chip, bounds
+        of time, dollars. Against a cache of the keys and values of all heads, and against attention
+        to chosen blocks.
 Run     python -m experiments.plan_2m --out DIR [--models NAME,...] [--contexts N,...] [--json]
 Cost    half a minute of one core; closed form, nothing is compiled.
 Answer  experiments/plans/plan_2m/results.md; in short, README, "Plan a pod".
@@ -11,7 +12,7 @@ expanded  The same model; its decode step keeps keys and values of all heads ins
           deals them over `tensor` as well. Nothing in kimijax keeps such a cache.
 chosen    Every MLA layer becomes one of compressed attention of the same heads and latents, which
           reads 32 blocks of 64 tokens and its neighbourhood. No such weights are released: it is
-          what the architecture would cost.
+          what the architecture would cost. Its rows are planned whole alone.
 """
 
 import argparse
@@ -25,6 +26,7 @@ from kimijax.commands.paths import writable
 
 if TYPE_CHECKING:
     from kimijax.config import MLAConfig, ModelConfig
+    from kimijax.planner.chips import Pod
     from kimijax.planner.estimate import Estimate
     from kimijax.planner.job import Job
 
@@ -36,6 +38,7 @@ MODELS = {
     "moonlight_16b": ("bf16", "Moonlight 16B"),
 }
 CONTEXTS = tuple(2**n for n in (17, 19, 20, 21, 22))
+CHUNKS = (4096, 16_384, 65_536)  # tokens of a call, as of `kimijax generate --chunk`
 KINDS = (  # (attention, job)
     ("exact", "prefill"), ("exact", "decode"), ("expanded", "decode"), ("chosen", "prefill"),
     ("chosen", "decode"),
@@ -150,31 +153,48 @@ def rows(model: str, contexts: list[int]) -> Iterator[dict]:
     for context in contexts:
         for attention, kind in KINDS:
             job = Job(model_of(model, attention), kind, context)
+            jobs = [job] if attention == "chosen" else in_chunks(job)
             for chip in CHIPS:
                 change = with_all_heads if attention == "expanded" else lambda e: e
-                e = slice_of(job, chip, change)
+                e = slice_of(jobs, chip, change)
                 what = {"model": model, "context": context, "attention": attention, "job": kind}
                 yield what | _row(e, chip)
 
 
-def slice_of(job: "Job", chip: str, change: Callable[["Estimate"], "Estimate"]) -> "Estimate":
-    """The best on the smallest slice on which an estimate fits, once changed.
+def in_chunks(job: "Job") -> list["Job"]:
+    """The job; where a row is read, it is also read in chunks no longer than it."""
+    if job.kind != "prefill":
+        return [job]
+    return [job, *(replace(job, chunk=n) for n in CHUNKS if n <= job.context)]
+
+
+def slice_of(
+    jobs: list["Job"], chip: str, change: Callable[["Estimate"], "Estimate"]
+) -> "Estimate":
+    """The best way to do one of `jobs` on the smallest slice on which one fits, once changed.
 
     Where none fits: that which needs least memory on the largest.
     """
-    from kimijax.errors import UserError
     from kimijax.planner.chips import pods
-    from kimijax.planner.search import candidates, fastest, meshes
+    from kimijax.planner.search import fastest
 
     found = []
     for pod in pods(chip):
-        try:
-            found = [change(e) for e in candidates(job, pod, meshes(job, pod))]
-        except UserError:  # so few chips hold it on no mesh
-            continue
+        found = [change(e) for job in jobs for e in _on(job, pod)] or found
         if any(e.fits for e in found):
             return fastest(found)
     return min(found, key=lambda e: e.bytes)
+
+
+def _on(job: "Job", pod: "Pod") -> list["Estimate"]:
+    """Of every mesh that holds the job and divides its chunk; so few chips may be none."""
+    from kimijax.errors import UserError
+    from kimijax.planner.search import candidates, meshes
+
+    try:
+        return candidates(job, pod, meshes(job, pod))
+    except UserError:
+        return []
 
 
 def wider(m: "MLAConfig") -> float:
@@ -216,11 +236,11 @@ def _row(e: "Estimate", chip: str) -> dict:
     found = {
         "chip": chip, "fits": e.fits, "topology": e.pod.topology, "chips": e.pod.chips,
         "bytes_per_chip": round(each * e.bytes), "memory_per_chip": each * e.pod.chip.memory,
-        "mesh": named(e.mesh), "strategy": e.strategy,
+        "mesh": named(e.mesh), "strategy": e.strategy, "chunk": e.job.chunk,
     }
     if not e.fits:
         return found
-    if e.job.kind == "prefill":  # what it would leave behind: the job itself keeps no cache
+    if e.job.kind == "prefill" and not e.job.cached:  # what it would leave behind
         left = estimate(replace(e.job, kind="decode"), e.pod, e.mesh).parts
         found["cache_bytes_per_chip"] = round(each * (left["latents"] + left["state"]))
     dollars, joules = e.costs(e.pod.chip.dollars, e.pod.chip.watts)
