@@ -50,6 +50,7 @@ class Proof:
     buffers: tuple[Buffer, ...]
     collectives: tuple[Collective, ...]
     compile_seconds: float  # lowering included
+    cpu_seconds: float  # the same, of all cores: what other programs hardly change
     rss_gib: float
     refused: str | None  # by the compiler: its words
 
@@ -67,7 +68,7 @@ def prove(e: Estimate) -> Proof:
 
 def compiled(job: Job, plan: Plan) -> Proof:
     """Compile a job where a plan on a topology says."""
-    began = time.perf_counter()
+    began = time.perf_counter(), time.process_time()
     lowered = programs.lower(job, plan)
     with tempfile.TemporaryDirectory(prefix="kimijax_plan_") as folder:
         try:
@@ -75,8 +76,8 @@ def compiled(job: Job, plan: Plan) -> Proof:
         except Exception as error:  # libtpu raises several kinds
             if "RESOURCE_EXHAUSTED" not in str(error):
                 raise
-            return _refused(str(error), Path(folder), time.perf_counter() - began)
-        seconds = time.perf_counter() - began
+            return _refused(str(error), Path(folder), *_since(began))
+        seconds = _since(began)
         sizes = [
             getattr(memory, f"{what}_size_in_bytes")
             for what in ("argument", "output", "alias", "temp")
@@ -84,19 +85,23 @@ def compiled(job: Job, plan: Plan) -> Proof:
         found = buffers(_report(Path(folder)))
         sends = collectives(aot.program_text(folder))
     needed = sizes[0] + sizes[1] - sizes[2] + sizes[3]
-    return Proof(*sizes, needed, found, sends, seconds, peak_rss_gib(), None)
+    return Proof(*sizes, needed, found, sends, *seconds, peak_rss_gib(), None)
+
+
+def _since(began: tuple[float, float]) -> tuple[float, float]:
+    return time.perf_counter() - began[0], time.process_time() - began[1]
 
 
 _TOTAL = re.compile(r"\((\d[\d.]*)([KMGT])\) exceeds available HBM")
 UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 
-def _refused(text: str, folder: Path, seconds: float) -> Proof:
+def _refused(text: str, folder: Path, *seconds: float) -> Proof:
     total = _TOTAL.search(text)
     needed = float(total[1]) * UNITS[total[2]] if total else float("nan")
     found = buffers(_report(folder))
     why = " ".join(text.split())[:300]
-    return Proof(*(None,) * 4, needed, found, (), seconds, peak_rss_gib(), why)
+    return Proof(*(None,) * 4, needed, found, (), *seconds, peak_rss_gib(), why)
 
 
 def _report(folder: Path) -> str:

@@ -55,6 +55,7 @@ def proof_json(e: Estimate, proof: Proof) -> dict:
         "arguments": proof.arguments, "outputs": proof.outputs, "donated": proof.donated,
         "temporaries": proof.temporaries,
         "compile_seconds": proof.compile_seconds,
+        "compile_cpu_seconds": proof.cpu_seconds,
         "peak_rss_gib": proof.rss_gib,
         "closed_form_over_proven": proof.needed and e.bytes / proof.needed,
         "largest_buffers": [b._asdict() for b in proof.buffers],
@@ -91,7 +92,7 @@ def as_text(e: Estimate, facts: dict) -> str:
 def proof_text(e: Estimate, proof: Proof) -> str:
     """The same of a proof; of a refusal what to change."""
     lines = [
-        f"  compiled in {proof.compile_seconds:.1f} s, peak RSS {proof.rss_gib:.2f} GiB: "
+        f"  compiled in {proof.compile_seconds:.1f} s ({proof.cpu_seconds:.1f} s of CPU time), peak RSS {proof.rss_gib:.2f} GiB: "
         f"{_size(proof.needed)} per device, closed form {e.bytes / proof.needed - 1:+.1%}"
     ]
     if proof.fits:
