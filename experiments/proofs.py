@@ -102,8 +102,8 @@ HEAD = """# Two million tokens, proven by the compiler of TPUs
 
 Written by `python -m experiments.proofs --out DIR`: one row of 2,097,152 tokens, compiled by libtpu
 for chips that were not there, and never run. GiB of a device (tpu7x has two a chip); "off" is the
-closed form of `kimijax plan` against what is proven. Of the compiler: seconds, those of all cores (other programs lengthen
-the former alone), peak RSS.
+closed form of `kimijax plan` against what is proven. Of the compiler: seconds, seconds of CPU time
+(other programs lengthen the former alone), peak RSS.
 
 | model, job | slice, mesh | closed form | proven | off | temporaries | compile s | CPU s | RSS GiB |
 |---|---|---|---|---|---|---|---|---|
@@ -131,7 +131,8 @@ def _row(name: str, plan: dict) -> str:
     return (
         f"| {what} | {plan['topology']}, {mesh} | {form:.2f} | {needed:.2f} | "
         f"{form / needed - 1:+.1%} | {proven['temporaries'] / 2**30:.2f} | "
-        f"{proven['compile_seconds']:.0f} | {proven['compile_cpu_seconds']:.0f} | {proven['peak_rss_gib']:.2f} |"
+        f"{proven['compile_seconds']:.0f} | {proven['compile_cpu_seconds']:.0f} | "
+        f"{proven['peak_rss_gib']:.2f} |"
     )
 
 

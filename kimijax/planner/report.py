@@ -92,7 +92,8 @@ def as_text(e: Estimate, facts: dict) -> str:
 def proof_text(e: Estimate, proof: Proof) -> str:
     """The same of a proof; of a refusal what to change."""
     lines = [
-        f"  compiled in {proof.compile_seconds:.1f} s ({proof.cpu_seconds:.1f} s of CPU time), peak RSS {proof.rss_gib:.2f} GiB: "
+        f"  compiled in {proof.compile_seconds:.1f} s ({proof.cpu_seconds:.1f} s of CPU time), "
+        f"peak RSS {proof.rss_gib:.2f} GiB: "
         f"{_size(proof.needed)} per device, closed form {e.bytes / proof.needed - 1:+.1%}"
     ]
     if proof.fits:
