@@ -105,7 +105,7 @@ for chips that were not there, and never run. GiB of a device (tpu7x has two a c
 closed form of `kimijax plan` against what is proven. Of the compiler: seconds, seconds of CPU time
 (other programs lengthen the former alone), peak RSS.
 
-| model, job | slice, mesh | closed form | proven | off | temporaries | compile s | CPU s | RSS GiB |
+| model, job | slice, mesh | closed form | proven | off | temp. | compile s | CPU s | RSS GiB |
 |---|---|---|---|---|---|---|---|---|
 """
 
