@@ -173,12 +173,12 @@ class _Watch:
 
     def fail(self, error: BaseException) -> None:
         """The work ends with an error: of this process, or because another is gone."""
-        own = isinstance(error, UserError | KeyboardInterrupt)
         code = {UserError: UserError.code, Lost: Lost.code, KeyboardInterrupt: 130}.get(
             type(error), 1
         )
-        # What waits for a process that is gone may raise before its end is heard here.
-        if not own and self.lost.wait(1):
+        # What waits for a process that is gone may raise before its end is heard here, and a save
+        # that failed so says that it could not be written.
+        if not isinstance(error, KeyboardInterrupt) and self.lost.wait(1):
             error = SystemExit(code := self.code)
         with self.lock:
             mine, self.over = not self.over, True
