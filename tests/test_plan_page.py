@@ -62,9 +62,9 @@ def fits(job, pod):
 
 
 def test_a_row_is_read_in_chunks_where_that_takes_fewer_chips(facts):
-    row = of(facts, model="kimi_linear_48b", attention="exact", job="prefill", chip="v5e")[0]
+    row = of(facts, model="kimi_linear_48b", attention="exact", job="prefill", chip="v5p")[0]
     job = Job(plan_2m.model_of("kimi_linear_48b"), "prefill", N)
-    assert row["chunk"] == 16_384 and row["chips"] < search.smallest(job, "v5e").pod.chips
+    assert row["chunk"] == 16_384 and row["chips"] < search.smallest(job, "v5p").pod.chips
     cache = facts["models"]["kimi_linear_48b"]["cache_bytes_per_token"]["exact"] * N
     assert row["bytes_per_chip"] > cache / row["chips"] and "cache_bytes_per_chip" not in row
 
