@@ -22,6 +22,8 @@ is slower.
   the one it would leave it does not fit. decode: one token behind as many, ms.
 - Memory of a chip, GiB: {memory}. Assumed dollars of a chip-hour:
   {dollars}; `kimijax plan --dollars` takes yours.
+- On v5e beyond 16 chips libtpu compiles no ragged all-to-all: to read, experts lie on as many chips
+  as a token has choices there, 8 of K2, or fewer.
 - Matrices held as int4 are not cut along their channels, so `tensor` is 1: every chip has the rest
   of the weights whole, 22 GiB of K2, which no v5e holds, and reads them for every token: behind
   2,097,152 tokens on v6e:8x16 a token takes 14.3 ms against 7.66 ms in bf16.
@@ -35,7 +37,7 @@ is slower.
   whole, not in chunks. Of its products those count
   that are needed; over a ring kimijax does up to devices / 4 times as many of chosen blocks. The
   compiler says of Moonlight on v5p:2x2x1, GiB: decode behind 2,097,152 66.9 (here 62.0), prefill of
-  524,288 39.2 (here 49.5), with 480 s of compilation.
+  524,288 39.2 (here 49.5), with 8 minutes of compilation.
 - Each model was trained for a context, named with it; beyond that a row says what a token costs and
   not that the answer is good.
 

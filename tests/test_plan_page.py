@@ -62,9 +62,9 @@ def fits(job, pod):
 
 
 def test_a_row_is_read_in_chunks_where_that_takes_fewer_chips(facts):
-    row = of(facts, model="kimi_linear_48b", attention="exact", job="prefill", chip="v5e")[0]
+    row = of(facts, model="kimi_linear_48b", attention="exact", job="prefill", chip="v5p")[0]
     job = Job(plan_2m.model_of("kimi_linear_48b"), "prefill", N)
-    assert row["chunk"] == 16_384 and row["chips"] < search.smallest(job, "v5e").pod.chips
+    assert row["chunk"] == 16_384 and row["chips"] < search.smallest(job, "v5p").pod.chips
     cache = facts["models"]["kimi_linear_48b"]["cache_bytes_per_token"]["exact"] * N
     assert row["bytes_per_chip"] > cache / row["chips"] and "cache_bytes_per_chip" not in row
 
@@ -77,8 +77,10 @@ def test_a_chunk_is_of_prefill_and_no_longer_than_the_context():
 
 
 def test_no_row_is_faster_than_what_it_must_read_and_multiply(facts):
-    assert {r["fits"] for r in facts["rows"]} == {True}
-    for r in facts["rows"]:
+    none = of(facts, fits=False)  # experts on 8 chips of v5e at most: there is no ragged exchange
+    assert none == of(facts, model="kimi_linear_48b", attention="chosen", job="prefill", chip="v5e")
+    assert all(r["bytes_per_chip"] > r["memory_per_chip"] for r in none)
+    for r in of(facts, fits=True):
         cfg = plan_2m.model_of(r["model"], r["attention"])
         job, chip = Job(cfg, r["job"], N), CHIPS[r["chip"]]
         pod = pod_of(r["topology"])

@@ -69,6 +69,11 @@ class Pod(NamedTuple):
         """Bytes that a device sends over all of its links, which an all-to-all uses."""
         return DEVICES[self.name].link * 2 * self.chip.dims / self.chip.devices
 
+    @property
+    def ragged(self) -> bool:
+        """Whether libtpu 0.0.52 compiles a ragged all-to-all for it: on v5e up to 16 chips."""
+        return self.name != "v5e" or self.chips <= 16
+
 
 def pod_of(topology: str) -> Pod:
     """The pod of a name such as "v5p:4x4x8". UserError: there is none, with near ones."""

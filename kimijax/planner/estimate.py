@@ -67,6 +67,7 @@ def estimate(
 ) -> Estimate:
     """The closed form. UserError: the mesh cannot hold the job, whatever its memory."""
     plan = plan_for(job, pod, mesh, strategy)
+    work.check_exchange(job, plan, pod)
     parts = memory.bytes_per_device(job, plan)
     flops, hbm = work.device_flops(job, plan), work.hbm_bytes(job, plan)
     links = work.link_bytes(job, plan)

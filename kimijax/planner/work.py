@@ -282,6 +282,18 @@ def _exchanged(job: Job, plan: Plan, moe: MoEConfig, size: float) -> float:
     return 2.0 * (ways - 1) * (1 - (1 - 1 / ways) ** moe.top_k) * size
 
 
+def check_exchange(job: Job, plan: Plan, pod: Pod) -> None:
+    """UserError: the job exchanges tokens in a way that the pod's compiler does not know."""
+    ways = plan.mesh.shape["expert"]
+    for moe in (layer.ffn for layer in job.cfg.layers if isinstance(layer.ffn, MoEConfig)):
+        if job.kind == "decode" or pod.ragged or cheaper(ways, moe.top_k) == "gather":
+            continue
+        raise UserError(
+            f"expert = {ways} on {pod.topology}: libtpu compiles no ragged all-to-all for v5e "
+            f"beyond 16 chips; choose expert up to {moe.top_k}, where tokens are gathered"
+        )
+
+
 def _gathered(job: Job, plan: Plan) -> float:
     """Weights dealt over data and seq come whole in every pass, and their gradients go home."""
     params = jax.tree.leaves(jobs.weights(job, plan))
