@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from kimijax.cache import Cache, empty_cache, lead_slots, run_length
-from kimijax.config import Fp8Config, Int4Config, ModelConfig, MoEConfig
+from kimijax.config import CompressedConfig, Fp8Config, Int4Config, ModelConfig, MoEConfig
 from kimijax.config_tree import expanded, override
 from kimijax.convert.source import leaf_dtype
 from kimijax.errors import UserError
@@ -48,6 +48,9 @@ class Job:
                 raise UserError(f"--chunk is of --job prefill, not of {self.kind}; leave it out")
             if not 1 <= self.chunk <= self.context:
                 raise UserError(f"--chunk {self.chunk}: choose 1 to {self.context}, the context")
+            if any(isinstance(layer.mixer, CompressedConfig) for layer in self.cfg.layers):
+                raise UserError("--chunk: chunks of compressed attention are not planned; leave it "
+                                "out, or plan a model of other layers")
         if self.kind == "train" and self.cfg != expanded(self.cfg):
             raise UserError("train: quantised weights have no gradients; leave --weights at bf16")
 
