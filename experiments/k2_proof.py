@@ -1,14 +1,16 @@
 """Do a training step and a decoding step of Kimi K2 at two million tokens fit 512 TPU chips?
 
-Ask     Bytes per chip, all 61 layers, one row of 2,097,152 tokens: of a whole step with Muon, or of
-        one more token behind a cache of so many.
+Ask     Bytes per chip, all 61 layers, one row of 2,097,152 tokens: of a whole step with MuonClip,
+        or of one more token behind a cache of so many.
 Run     python -m experiments.k2_proof [--job train|decode] [--tokens 2097152]
-Cost    train: 21 minutes of two cores that others used too, 3.9 GiB; decode: 40 s. Needs libtpu
-        (the extra [aot]) and no TPU.
-Answer  v5p:8x8x8, of 95.7 GiB. train: 27.8 GiB of arguments, all donated, and 51.1 GiB of
-        temporaries; of gradients alone, of bfloat16 weights and without an optimizer, it was 6.9
-        and 26.8, and 543 GB of temporaries without computing layers a second time, which does not
-        fit. decode: 51.4 GiB of arguments and 0.01 GiB of temporaries.
+Cost    train: 16 minutes of two cores that others used too, 519 s of CPU time, 3.5 GiB; decode:
+        40 s. Needs libtpu (the extra [aot]) and no TPU.
+Answer  v5p:8x8x8, of 95.7 GiB. train: 19.3 GiB of arguments, all donated, and 42.9 GiB of
+        temporaries (27.8 and 51.1 when experts came as float32, what they bring back was cut into
+        pieces that a TPU pads, and matrices of queries lay whole on every chip); of gradients
+        alone, of bfloat16 weights and without an optimizer, it was 6.9 and 26.8, and 543 GB of
+        temporaries without computing layers a second time, which does not fit. decode: 51.4 GiB of
+        arguments and 0.01 GiB of temporaries.
 
 The programs are those of a run (kimijax.planner.programs). train: float32 weights dealt over data
 and seq, experts over expert = 4; zigzag. decode: bfloat16, experts over expert = 64, other weights

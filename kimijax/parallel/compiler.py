@@ -2,12 +2,13 @@
 
 from jax.sharding import Mesh
 
-# Chips whose SparseCores can gather and scatter while the TensorCore computes, by their names in
-# jax. v5e has none.
-WITH_SPARSE_CORES = ("TPU v5", "TPU v5p", "TPU v6 lite", "TPU7x")
-# Without them a chip waits for every gather of a weight and every sum of gradients: all-gathers and
-# reduce-scatters are synchronous on its TensorCore, whatever xla_enable_async_all_gather says.
-# "2d", "3d", "nd": also over mesh axes that wind through several dims of the torus.
+# Chips whose SparseCores gather and scatter while the TensorCore computes, by their names in jax.
+# v5e has none; for tpu7x the compiler takes the options and keeps its gathers where they were.
+WITH_SPARSE_CORES = ("TPU v5", "TPU v5p", "TPU v6 lite")
+# Told nothing, a TensorCore waits for every gather of a weight and every sum of gradients, whatever
+# xla_enable_async_all_gather says; products that go on within a gather are refused but on v5e.
+# "2d", "3d", "nd": also over mesh axes that wind through several dims of the torus. The names are
+# those of libtpu 0.0.52.
 OFFLOADED = {
     "xla_tpu_enable_sparse_core_collective_offload_all_gather": "ENABLED",
     "xla_tpu_enable_sparse_core_collective_offload_2d_all_gather": True,
