@@ -16,10 +16,19 @@ OFFLOADED = {
     "xla_tpu_enable_sparse_core_collective_offload_reduce_scatter": "ENABLED",
     "xla_tpu_enable_sparse_core_collective_offload_nd_reduce_scatter": True,
 }
+# One gather at a time, begun as late as the compiler thinks it may be, leaves those of experts, the
+# largest, behind attention: so all of a layer's may be under way, and count as long ones.
+EARLY = {
+    "xla_tpu_enable_concurrent_sparse_core_offloading": True,
+    "xla_tpu_sparse_core_offload_queuing_overlap_limit": 8,
+    "xla_tpu_sparse_core_ici_overlap_limit": 8,
+    "xla_max_concurrent_async_all_gathers": 8,
+    "xla_tpu_sparse_core_all_gather_latency_multiplier": 30,
+}
 
 
-def options(mesh: Mesh) -> dict[str, str | bool] | None:
+def options(mesh: Mesh) -> dict[str, str | bool | int] | None:
     """`compiler_options` of jax.jit for a training step on a mesh; None: the compiler's own."""
     if mesh.size == 1 or mesh.devices.flat[0].device_kind not in WITH_SPARSE_CORES:
         return None
-    return OFFLOADED
+    return OFFLOADED | EARLY
