@@ -3,9 +3,9 @@
 Ask     Bytes per chip, all 61 layers, one row of 2,097,152 tokens: of a whole step with MuonClip,
         or of one more token behind a cache of so many.
 Run     python -m experiments.k2_proof [--job train|decode] [--tokens 2097152]
-Cost    train: 16 minutes of two cores that others used too, 519 s of CPU time, 3.5 GiB; decode:
+Cost    train: 11 minutes of two cores that others used too, 481 s of CPU time, 3.3 GiB; decode:
         40 s. Needs libtpu (the extra [aot]) and no TPU.
-Answer  v5p:8x8x8, of 95.7 GiB. train: 19.3 GiB of arguments, all donated, and 42.9 GiB of
+Answer  v5p:8x8x8, of 95.7 GiB. train: 19.3 GiB of arguments, all donated, and 40.0 GiB of
         temporaries (27.8 and 51.1 when experts came as float32, what they bring back was cut into
         pieces that a TPU pads, and matrices of queries lay whole on every chip); of gradients
         alone, of bfloat16 weights and without an optimizer, it was 6.9 and 26.8, and 543 GB of
