@@ -55,17 +55,16 @@ def lower(job: Job) -> jax.stages.Lowered:
     return step.lower(state, Rows(ids, ids, ids, ids, weight))
 
 
-def exposed(program: hlo.Program) -> list[str]:
-    """What is waited for as soon as it is asked for: nothing computes meanwhile."""
+def meanwhile(program: hlo.Program) -> list[dict]:
+    """What computes between the start and the arrival of each gather that a SparseCore does."""
     found = []
     for ops in program.computations.values():
         order = list(ops)
         for op in ops.values():
-            if op.kind != "async-done" or "all-gather" not in op.name:
-                continue
-            between = order[order.index(op.operands[0]) + 1 : order.index(op.name)]
-            if not any(ops[name].kind in COMPUTES for name in between):
-                found.append(op.name)
+            if op.kind == "async-done" and "all-gather" in op.name:
+                between = order[order.index(op.operands[0]) + 1 : order.index(op.name)]
+                kinds = {ops[name].kind for name in between} & set(COMPUTES)
+                found.append({"shape": op.shape.split("{")[0], "kinds": sorted(kinds)})
     return found
 
 
@@ -80,7 +79,7 @@ def main() -> None:
             {"kind": c.kind, "asynchronous": c.asynchronous, "shape": c.op.shape.split("{")[0],
              "loops": c.loops} for c in hlo.collectives(program)
         ],
-        "exposed": exposed(program),
+        "gathers": meanwhile(program),
     }))
 
 
