@@ -1,4 +1,4 @@
-# make env | test | run | lint | notebooks | parity | matrix | ring | aot | bench | clean.
+# make env | test | run | lint | notebooks | parity | matrix | ring | aot | plan | bench | clean.
 # Extra arguments: make run ARGS="--context 65536"
 
 PYTHON ?= python3
@@ -12,7 +12,7 @@ PIP := -m pip install -q --disable-pip-version-check -c constraints.txt
 NEW_ENOUGH := -c 'import sys; sys.exit(sys.version_info < (3, 11))'
 HAS_PIP := -c 'import importlib.metadata; importlib.metadata.version("pip")'
 
-.PHONY: env venv test run lint notebooks parity matrix ring aot bench clean
+.PHONY: env venv test run lint notebooks parity matrix ring aot plan bench clean
 
 # An environment of its own that sees the packages of `env`: $(call beside,FOLDER).
 define beside
@@ -61,6 +61,10 @@ aot: $(AOT_STAMP)
 	  JAX_PLATFORMS=cpu .venv-aot/bin/python -m $(if $(SAMPLE),pytest -q \
 	  tests/kernels/test_aot.py tests/parallel/test_aot.py tests/parallel/test_planner_aot.py,\
 	  kernels_pallas.aot) $(ARGS); fi
+
+# make plan ARGS="--model kimi_k2 --job decode --context 2097152 --topology v5p:8x8x8 --prove"
+plan: $(AOT_STAMP)
+	@if [ -s $(AOT_STAMP) ]; then cat $(AOT_STAMP); else .venv-aot/bin/kimijax plan $(ARGS); fi
 
 $(AOT_STAMP): $(STAMP)
 	$(call beside,.venv-aot)
