@@ -119,6 +119,8 @@ def test_a_killed_run_is_gone_on_with(many, tmp_path, how):
     with subprocess.Popen(
         [sys.executable, "-c", code, "tokenize", many / "in", "--out", out, "--jobs", "2"],
         cwd=ROOT, stderr=subprocess.PIPE, start_new_session=True,
+        # A shell's background jobs, as these tests may be, ignore SIGINT, and so would their child.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     ) as process:
         while len(list(work.glob("*.npz"))) < 3:
             assert process.poll() is None
