@@ -147,7 +147,7 @@ def _encode_missing(
 
 
 def _submit(pool: ProcessPoolExecutor, todo: Sequence[tuple[Part, Path]]) -> list[Future]:
-    """Begin; workers are started here and inherit that Ctrl-C waits until they can ignore it."""
+    """Begin; workers are started here and inherit that Ctrl-C waits until they are ready for it."""
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         return [pool.submit(_work, part, path) for part, path in todo]
@@ -165,8 +165,7 @@ def _start(tokenizer: Tokenizer, options: Options) -> None:
 
 
 def _start_worker(tokenizer: str | os.PathLike | None, options: Options) -> None:
-    # Ctrl-C reaches workers too: they finish the part that they are at, the parent takes no other.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends workers without a traceback
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
     threading.Thread(target=_end_with_parent, daemon=True).start()
     _start(_tokenizer(tokenizer), options)
