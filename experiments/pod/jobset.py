@@ -22,6 +22,33 @@ def jobset(
     bucket   its name, without gs://
     account  of Kubernetes, which may write to the bucket
     """
+    job = _job(where, _pod(where, image, command, bucket, mount, spot, account))
+    return {
+        "apiVersion": "jobset.x-k8s.io/v1alpha2",
+        "kind": "JobSet",
+        "metadata": {
+            "name": name,
+            # All of its pods on one slice.
+            "annotations": {
+                "alpha.jobset.sigs.k8s.io/exclusive-topology": "cloud.google.com/gke-nodepool",
+            },
+        },
+        "spec": {
+            "failurePolicy": {
+                "maxRestarts": restarts,
+                "rules": [{
+                    "action": "FailJobSet", "onJobFailureReasons": ["PodFailurePolicy"],
+                }],
+            },
+            "replicatedJobs": [{"name": "slice", "replicas": 1, "template": {"spec": job}}],
+        },
+    }
+
+
+def _pod(
+    where: Slice, image: str, command: list[str], bucket: str, mount: str, spot: bool, account: str
+) -> dict:
+    """What runs on a host."""
     container = {
         "name": "kimijax",
         "image": image,
@@ -41,7 +68,7 @@ def jobset(
         "cloud.google.com/gke-tpu-accelerator": where.names.gke,
         "cloud.google.com/gke-tpu-topology": where.sizes,
     }
-    pod = {
+    return {
         "restartPolicy": "Never",
         "terminationGracePeriodSeconds": GRACE,
         "serviceAccountName": account,
@@ -49,7 +76,11 @@ def jobset(
         "containers": [container],
         "volumes": [volume],
     }
-    job = {
+
+
+def _job(where: Slice, pod: dict) -> dict:
+    """A pod on every host of a slice."""
+    return {
         "parallelism": where.hosts,
         "completions": where.hosts,
         "completionMode": "Indexed",
@@ -63,25 +94,5 @@ def jobset(
         "template": {
             "metadata": {"annotations": {"gke-gcsfuse/volumes": "true"}},
             "spec": pod,
-        },
-    }
-    return {
-        "apiVersion": "jobset.x-k8s.io/v1alpha2",
-        "kind": "JobSet",
-        "metadata": {
-            "name": name,
-            # All of its pods on one slice.
-            "annotations": {
-                "alpha.jobset.sigs.k8s.io/exclusive-topology": "cloud.google.com/gke-nodepool",
-            },
-        },
-        "spec": {
-            "failurePolicy": {
-                "maxRestarts": restarts,
-                "rules": [{
-                    "action": "FailJobSet", "onJobFailureReasons": ["PodFailurePolicy"],
-                }],
-            },
-            "replicatedJobs": [{"name": "slice", "replicas": 1, "template": {"spec": job}}],
         },
     }

@@ -30,7 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--model", required=True, type=path, metavar="NAME|DIR",
         help="a preset, or a checkpoint directory, of which the config is read")
     add("--job", required=True, choices=("prefill", "decode", "train"),
-        help="prefill: a row is read. decode: one token behind a cache. train: a step of Muon")
+        help="prefill: a row is read. decode: one token behind a cache. train: a step of MuonClip")
     add("--context", metavar="N[,N...]", help="tokens of a row. Default: the longest that fits")
     add("--chunk", type=int, metavar="N",
         help="tokens of a call of prefill, behind a cache. Default: rows are read whole, without")
