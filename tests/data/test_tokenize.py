@@ -115,12 +115,12 @@ def test_two_processes_make_the_same_dataset(many, tmp_path):
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
 def test_a_killed_run_is_gone_on_with(many, tmp_path, how):
     out, work = tmp_path / "out", tmp_path / "out.partial"
-    code = "from kimijax import cli; cli.run()"
+    # A shell's background jobs, as these tests may be, ignore SIGINT, and so would their child.
+    listen = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)"
+    code = f"{listen}; from kimijax import cli; cli.run()"
     with subprocess.Popen(
         [sys.executable, "-c", code, "tokenize", many / "in", "--out", out, "--jobs", "2"],
         cwd=ROOT, stderr=subprocess.PIPE, start_new_session=True,
-        # A shell's background jobs, as these tests may be, ignore SIGINT, and so would their child.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     ) as process:
         while len(list(work.glob("*.npz"))) < 3:
             assert process.poll() is None
