@@ -14,7 +14,7 @@ from kimijax.errors import UserError
 from kimijax.layers.base import RMSNorm, fan_in
 from kimijax.layers.ffn import Held
 from kimijax.layers.layer import Layer
-from kimijax.ops.attend import Ops, local
+from kimijax.ops.attend import KEPT, Ops, local
 from kimijax.ops.runs import previous_runs
 
 
@@ -40,8 +40,10 @@ class Model(nn.Module):
                                                   ("vocab", "embed")),
             (c.vocab, c.width), jnp.float32,
         )
-        # Layers are computed again in the backward pass: what is kept of one is its input.
-        group = nn.remat(Group, prevent_cse=False) if self.ops.remat else Group
+        # Layers are computed again in the backward pass: what is kept of one is its input and what
+        # attention gave, which takes longer than all else of a long row.
+        keep = jax.checkpoint_policies.save_only_these_names(KEPT)
+        group = nn.remat(Group, prevent_cse=False, policy=keep) if self.ops.remat else Group
         self.groups = [
             nn.scan(
                 group,

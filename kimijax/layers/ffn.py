@@ -124,5 +124,7 @@ def _allowed(c: MoEConfig, biased: jax.Array) -> jax.Array:
 
 def _load(ids, live, experts):
     """Share of each expert in the choices b t k of the tokens that are not padding."""
-    counts = jnp.zeros(experts, jnp.float32).at[ids].add(live[..., None].astype(jnp.float32))
+    # Whole numbers: floats that collide a TPU sorts before it adds them.
+    counts = jnp.zeros(experts, jnp.int32).at[ids].add(live[..., None].astype(jnp.int32))
+    counts = counts.astype(jnp.float32)
     return counts / jnp.maximum(counts.sum(), 1.0)

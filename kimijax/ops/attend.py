@@ -123,6 +123,7 @@ def tiled(q: Queries, kv: Keys, *, scale: float) -> Partial:
 
 
 EXPERTS = ("tiled", "grouped")
+KEPT = "attended"  # the name of what is kept of attention where layers are computed a second time
 
 
 def experts_by(name: str | None, impl: str) -> Callable[..., jax.Array]:
@@ -153,7 +154,7 @@ class Ops:
     experts: Callable[..., jax.Array]
     rows: Rows = ROWS
     exact: bool = False  # compressed layers read all of the past instead of chosen blocks
-    remat: bool = False  # gradients compute layers a second time, and keep their inputs alone
+    remat: bool = False  # gradients compute layers, but attention, a second time from their inputs
     spread: Callable[[jax.Array], jax.Array] = lambda x: x  # activations b t ... to their place
     deal: Callable[[Cache], Cache] = lambda cache: cache  # a cache to its place
     whole: Callable[[Any], Any] = lambda tree: tree  # what the host reads, to every device

@@ -21,9 +21,11 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from kernels_pallas.partial import Partial
 from kimijax.errors import UserError
+from kimijax.ops.attend import KEPT
 from kimijax.parallel.axes import Axes
 from kimijax.parallel.device import Local, Source, floats_of
 from kimijax.parallel.dma import dma_backward, dma_forward, refused
@@ -72,7 +74,9 @@ def sharded(axes: Axes, strategy: str, source: Source, impl: str, scale: float) 
         # Under a scan over layers, jax would compute what positions alone decide once for all of
         # them: the masks of all hops, kept in memory. The barrier ties them to the layer.
         p = forward(*jax.lax.optimization_barrier((q, kv, up)))
-        return p, (q, kv, up, p.out, p.lse)
+        # Kept where layers are computed a second time (model.py), in the dtype that it ends in.
+        out, lse = (checkpoint_name(x, KEPT) for x in (p.out.astype(q.nope.dtype), p.lse))
+        return Partial(out.astype(p.out.dtype), lse, p.max_logit), (q, kv, up, out, lse)
 
     def bwd(residuals, cotangent):
         q, kv, up, out, lse = residuals

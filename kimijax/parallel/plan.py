@@ -51,7 +51,7 @@ class Plan:
     experts: str | None = None  # tiled or grouped; None: what is fast on the mesh's devices
     exchange: str | None = None  # of tokens for experts, gather or ragged; None: the cheaper
     exact: bool = False
-    remat: bool = False  # gradients compute layers a second time, and keep their inputs alone
+    remat: bool = False  # gradients compute layers, but attention, a second time from their inputs
 
     def __post_init__(self):
         for what, names, good in (
