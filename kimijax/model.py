@@ -1,6 +1,7 @@
 """The decoder: embedding, scanned groups of layers, norm, head. A function of values alone."""
 
 import functools
+from collections.abc import Callable
 from typing import NamedTuple
 
 import flax.linen as nn
@@ -53,7 +54,7 @@ class Model(nn.Module):
                 length=g.repeat,
                 metadata_params={nn.PARTITION_NAME: "layers"},
                 check_constancy_invariants=False,  # the check traces every layer a second time
-            )(g, c.norm_eps, self.ops, name=f"group_{i}")
+            )(g, c.norm_eps, self.ops, self._collected(f"group_{i}"), name=f"group_{i}")
             for i, g in enumerate(c.groups)
         ]
         self.norm = RMSNorm(c.norm_eps)
@@ -138,6 +139,12 @@ class Model(nn.Module):
         return x, cache, tuple(reports)
 
 
+    def _collected(self, group: str) -> Callable | None:
+        """(name of a layer, its params) -> params, those whole that lie in pieces."""
+        if self.ops.collect is None:
+            return None
+        return lambda layer, params: self.ops.collect(self.cfg, group, layer, params, self.dtype)
+
     def _experts(self, i: int) -> dict[str, dict[str, jax.Array]] | None:
         """The routed layers' parameters of a group, whole stacks, for calls with a cache.
 
@@ -158,6 +165,7 @@ class Group(nn.Module):
     cfg: GroupConfig
     eps: float
     ops: Ops
+    collected: Callable | None = None
 
     @nn.compact
     def __call__(self, carry, tokens, bare, frozen, stacks):
@@ -169,13 +177,21 @@ class Group(nn.Module):
                 memory = Memory(bare, states[i], frozen and frozen[i], repeat, self.ops.rows)
             name = f"layer_{i}"
             held = Held(stacks[name], repeat) if stacks and name in stacks else None
-            x, memory, report = Layer(layer, self.eps, self.ops, name=name)(
+            x, memory, report = self._layer(name)(layer, self.eps, self.ops, name=name)(
                 x, tokens, memory, held
             )
             x = self.ops.spread(x)
             reports[name] = report
             new.append(memory and memory.state)
         return (x, repeat + 1, None if bare is None else tuple(new)), reports
+
+    def _layer(self, name: str) -> type[Layer]:
+        """The module of a layer; where weights lie in pieces, one that has them whole."""
+        if self.collected is None:
+            return Layer
+        return nn.map_variables(
+            Layer, "params", lambda v: {"params": self.collected(name, v["params"])}
+        )
 
 
 def _sorted(given, order, t):

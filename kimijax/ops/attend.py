@@ -155,6 +155,8 @@ class Ops:
     rows: Rows = ROWS
     exact: bool = False  # compressed layers read all of the past instead of chosen blocks
     remat: bool = False  # gradients compute layers, but attention, a second time from their inputs
+    # (config of a model, group, layer, its params, dtype): weights that lie in pieces come whole
+    collect: Callable[..., Any] | None = None
     spread: Callable[[jax.Array], jax.Array] = lambda x: x  # activations b t ... to their place
     deal: Callable[[Cache], Cache] = lambda cache: cache  # a cache to its place
     whole: Callable[[Any], Any] = lambda tree: tree  # what the host reads, to every device

@@ -31,6 +31,7 @@ from kimijax.ops.delta import delta_runs
 from kimijax.parallel import blocks, compiler, experts, rules
 from kimijax.parallel.attend import STRATEGIES, check, known, sharded
 from kimijax.parallel.axes import Axes
+from kimijax.parallel.collect import collect
 from kimijax.parallel.cost import Work, choose, explain, rates_of
 from kimijax.parallel.exchange import EXCHANGES
 from kimijax.parallel.order import ORDERS, Order, make_order
@@ -168,6 +169,13 @@ def _ops(plan: Plan) -> Ops:
         where = NamedSharding(plan.mesh, P(*axes.place(x.shape[:2])))
         return jax.lax.with_sharding_constraint(x, where)
 
+    def collected(cfg, group, layer, params, dtype):
+        places = jax.tree.map(  # of one repeat, not of their stack
+            lambda at: NamedSharding(at.mesh, P(*at.spec[1:])),
+            plan.shardings(cfg)["params"][group][layer],
+        )
+        return collect(places, params, dtype)
+
     def runs(t, run, least):
         length = t // plan.ways
         return plan.ways if t % plan.ways == 0 and length % run == 0 and length >= least else 1
@@ -186,6 +194,7 @@ def _ops(plan: Plan) -> Ops:
         rows=dealt_rows(axes),
         exact=plan.exact,
         remat=plan.remat,
+        collect=collected if plan.train else None,
         spread=spread,
         deal=lambda x: jax.lax.with_sharding_constraint(x, plan.cache_shardings(x)),
         whole=lambda x: jax.lax.with_sharding_constraint(x, NamedSharding(plan.mesh, P())),

@@ -4,7 +4,8 @@ Arguments are counted by the shapes and shardings of the run itself. Temporaries
 device's tokens n: the compiler reuses memory, so of the stages of a layer the largest counts.
 
     layer input          2 n d w                            w bytes a number; itself and its norm
-    kept inputs          layers n d w                       training: layers are computed twice
+    kept inputs          layers n d w                       training: layers are computed twice,
+    kept attention       layers n h (v w + 4)               but exact attention, which is kept
     attention            n h (4 (k + p) w + 6 v 4)          queries, float32 Partials, moved copies
       of a chunk         N h ((k + p) w + 2 (v + 1) 4)      N: of all devices of a row
     feed-forward         3 n f w
@@ -126,6 +127,7 @@ def _working(job: Job, plan: Plan, params) -> dict[str, float]:
     """Temporaries by part: of the stages of a layer, the largest."""
     n, d, layers = tokens_of_device(job, plan), job.cfg.width, job.cfg.layers
     width, train = jnp.dtype(job.dtype).itemsize, job.kind == "train"
+    tensor = plan.mesh.shape["tensor"]
     # A backward holds the arrays of a stage and their cotangents.
     passes = 2 if train else 1
     largest = passes * max(max(stages(job, plan, layer)) for layer in set(layers))
@@ -133,13 +135,22 @@ def _working(job: Job, plan: Plan, params) -> dict[str, float]:
     if train:
         found["gathered"] = _gathered(params, width)
         found["layer inputs"] = len(layers) * n * d * width
+        found["attention kept"] = sum(kept(layer, n, width) for layer in layers) / tensor
     if not job.cached and plan.ways > 1:
         found["ring buffers"] = max(_ring(layer, n, width, train) for layer in set(layers))
-    logits = (min(n, TOKENS) if train else job.batch) * job.cfg.vocab / plan.mesh.shape["tensor"]
+    logits = (min(n, TOKENS) if train else job.batch) * job.cfg.vocab / tensor
     found["logits"] = passes * 4 * logits
     # They lie where a layer has worked.
     found["activations"] = 2 * n * d * width + max(largest - found["logits"], 0)
     return found
+
+
+def kept(layer: LayerConfig, n: int, width: int) -> float:
+    """Attention's outcome of a layer, and float32 lse, of n tokens: that of `Ops.attend`."""
+    match layer.mixer:
+        case MLAConfig(heads=h, v_dim=size) | WindowConfig(heads=h, head_dim=size, window=None):
+            return n * h * (size * width + 4.0)
+    return 0.0
 
 
 def _gathered(params, width: int) -> float:

@@ -6,6 +6,7 @@ are read, and the arrays of every stage written and read. Bytes of links are tho
 """
 
 import functools
+from dataclasses import replace
 
 import flax.linen as nn
 import jax
@@ -35,19 +36,20 @@ from kimijax.planner.memory import (
     copied_experts,
     dealt_ways,
     is_expert,
+    kept,
     leaf_bytes,
     moments,
     stages,
     tokens_of_device,
 )
 
-# Of forwards in a step: the forward, the same again, and gradients of inputs and of weights.
+# Of forwards in a step: the forward, the same again but exact attention, which is kept, and
+# gradients of inputs and of weights.
 NEEDED, AGAIN = 3, 1
 # Of the float32 bytes of a dealt weight: routed experts' come twice as bfloat16 and go home as
 # float32, others come three times and go home as bfloat16.
 SENT = 2
-# What a ring sends forward: there, there again, and with the backward latents and their float32
-# gradients.
+# What a ring sends: latents forward, and backward with their float32 gradients.
 RING_FLOATS = 2  # float32 numbers over those of the activations' two bytes
 
 
@@ -57,8 +59,16 @@ def flops_per_token(job: Job) -> dict[str, float]:
     if job.kind != "train":
         return needed
     found = {part: NEEDED * x for part, x in needed.items()}
-    again = AGAIN * sum(needed.values())
+    again = AGAIN * (sum(needed.values()) - _kept(job.cfg, job.context) / job.context)
     return found | {"again": again, "optimizer": _newton_schulz(job.cfg) / job.tokens}
+
+
+@functools.lru_cache(maxsize=64)
+def _kept(cfg: ModelConfig, n: int) -> float:
+    """FLOPs of attention whose outcome is kept where layers are computed again, forward."""
+    only = [(g, tuple(layer for layer in g.layers if kept(layer, 1, 1))) for g in cfg.groups]
+    groups = tuple(replace(g, layers=layers) for g, layers in only if layers)
+    return prefill_flops(replace(cfg, groups=groups), n)["attention"] if groups else 0.0
 
 
 @functools.lru_cache(maxsize=64)
@@ -76,8 +86,8 @@ def _newton_schulz(cfg: ModelConfig) -> float:
     )
     shapes = jax.tree.leaves(nn.unbox(jobs.boxed(cfg)))
     total = 0.0
-    for name, x, kept in zip(names, shapes, moments(cfg), strict=True):
-        if kept == 1:
+    for name, x, arrays in zip(names, shapes, moments(cfg), strict=True):
+        if arrays == 1:
             n, rows, columns = matrices_of(tuple(name)).sizes(x.shape)
             r, c = min(rows, columns), max(rows, columns)
             total += n * STEPS * (4.0 * r * r * c + 2.0 * r**3)
@@ -105,7 +115,7 @@ def device_flops(job: Job, plan: Plan) -> float:
 
 def _projected(job: Job, plan: Plan) -> float:
     """FLOPs of latents that others have projected too; those that share heads divide them."""
-    times = NEEDED + AGAIN if job.kind == "train" else 1
+    times = NEEDED + AGAIN if job.kind == "train" else 1  # gradients project them again
 
     def one(layer: LayerConfig) -> float:
         if not isinstance(layer.mixer, MLAConfig):
@@ -232,9 +242,9 @@ def layer_links(job: Job, plan: Plan, layer: LayerConfig) -> dict[str, float]:
             found["partials"] = n * (ways - 1) * h / tensor * (v + 1) * 4
         case MLAConfig() as mla if ways > 1:
             once = _sent(job, plan, mla) * rows
-            found["ring"] = once * (2 + 1 + RING_FLOATS if train else 1)
+            found["ring"] = once * (1 + 1 + RING_FLOATS if train else 1)
         case WindowConfig(window=None, kv_heads=g, head_dim=k) if ways > 1:
-            found["ring"] = (ways - 1) * n * (2 * g * k * width + 8) * (5 if train else 1)
+            found["ring"] = (ways - 1) * n * (2 * g * k * width + 8) * (4 if train else 1)
         case CompressedConfig() as c:
             found |= _chosen_links(job, plan, c, n)
         case KDAConfig(heads=h, head_dim=k) if ways > 1 and job.kind != "decode":
