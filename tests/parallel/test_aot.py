@@ -48,14 +48,28 @@ def test_a_layer_computes_while_weights_come(step):
     assert [c for c in looped if c["kind"] in sends and not c["asynchronous"]] == []
     assert all(gather["kinds"] for gather in step["gathers"])
 
-    # Experts' come as bfloat16, some of those of a forward pass while the ring attends.
+    # Experts' come as bfloat16, those of the forward pass while the ring attends.
     t, held = aot_train, aot_train.EXPERTS // 2
     matrices = {f"bf16[1,{held},{t.WIDTH},{t.FFN}]", f"bf16[1,{held},{t.FFN},{t.WIDTH}]"}
     large = [gather for gather in step["gathers"] if gather["shape"] in matrices]
     assert len(large) == 6
-    assert sum("while" in gather["kinds"] for gather in large) >= 2
-    shapes = {c["shape"] for c in looped if c["kind"] == "all-gather"}
-    assert not {name.replace("bf16", "f32") for name in matrices} & shapes
+    assert sum("while" in gather["kinds"] for gather in large) == 3
+    shapes = [c["shape"] for c in looped if c["kind"] == "all-gather"]
+    assert not {name.replace("bf16", "f32") for name in matrices} & set(shapes)
+
+    # All projections of a layer come as one array, in the forward pass and in the backward.
+    mla, whole = t.layers().layers[0].mixer, f"bf16[{t.WIDTH},"
+    sizes = mla.heads * (mla.nope_dim + mla.rope_dim + mla.v_dim), mla.kv_rank, mla.rope_dim
+    side_by_side = f"{whole}{sum(sizes) + 3 * t.FFN}]"
+    assert [shape for shape in shapes if shape.startswith(whole)] == 2 * [side_by_side]
+
+
+def test_a_backward_pass_attends_no_second_time(step):
+    """Layers are computed again, attention is kept: the ring goes round once each way."""
+    hops = [c for c in step["collectives"] if c["kind"] == "collective-permute" and c["loops"]]
+    latents = f"(bf16[1,{aot_train.TOKENS // 8},{aot_train.layers().layers[0].mixer.kv_rank}]"
+    rings = {c["loops"][-1] for c in hops if c["shape"] == latents and len(c["loops"]) > 1}
+    assert len(rings) == 2
 
 
 def test_tokens_go_to_experts_and_back_once_a_layer(step):
