@@ -1,6 +1,7 @@
 """Experts over devices say what they say on one, whatever the routing, forward and gradient."""
 
 import functools
+import logging
 import re
 
 import jax
@@ -11,9 +12,11 @@ import pytest
 from kernels_pallas.grouped_matmul import Int4
 from kimijax.errors import UserError
 from kimijax.ops.moe import tiled_experts
-from kimijax.parallel.exchange import cheaper
+from kimijax.parallel.exchange import choose, chosen
 from kimijax.parallel.mesh import make_mesh
 from kimijax.parallel.plan import Plan
+from kimijax.planner.chips import pod_of
+from kimijax.planner.job import abstract_mesh
 from tests.conftest import assert_close
 
 ROWS, TOKENS, WIDTH, FFN, EXPERTS = 2, 32, 8, 16, 16
@@ -47,7 +50,7 @@ def want(routing: str, k: int):
     return value_and_grads(tiled_experts, choices(routing, k))
 
 
-@pytest.mark.parametrize("exchange", ["gather", "ragged"])
+@pytest.mark.parametrize("exchange", ["gather", "padded"])
 @pytest.mark.parametrize("mesh, routing, k", [
     ({"expert": 8}, "even", 2),  # in four rounds
     ({"expert": 8}, "all to one device", 2),
@@ -89,7 +92,7 @@ def test_rounds_need_not_divide_the_tokens():
         (ROWS, 24, WIDTH), ids.shape, (EXPERTS, WIDTH, FFN), (EXPERTS, WIDTH, FFN),
         (EXPERTS, FFN, WIDTH),
     ))
-    compute = Plan(make_mesh({"expert": 8}), exchange="ragged").ops().experts
+    compute = Plan(make_mesh({"expert": 8}), exchange="padded").ops().experts
     got = jax.jit(compute)(x, ids, weight, *matrices)
     assert_close(got, tiled_experts(x, ids, weight, *matrices))
 
@@ -112,7 +115,26 @@ def test_experts_kept_in_four_bits(tokens):
     assert_close(got, tiled_experts(x, ids, weight, *matrices))
 
 
-def test_the_longer_axis_exchanges_what_was_asked_for():
-    assert [cheaper(ways, 8) for ways in (2, 8, 16, 64)] == ["gather"] * 2 + ["ragged"] * 2
-    with pytest.raises(UserError, match="exchange 'post': there are gather, ragged"):
-        Plan(make_mesh({"expert": 8}), exchange="post")
+@pytest.mark.parametrize("topology, seq, long", [
+    ("v5p:4x4x4", 4, "ragged"), ("v5e:4x4", 1, "ragged"), ("v5e:4x8", 2, "padded"),
+    ("v5e:8x8", 4, "padded"), ("v6e:8x8", 4, "ragged"),
+])
+def test_the_longer_axis_exchanges_what_was_asked_for(topology, seq, long):
+    """By what libtpu compiles for the devices (test_planner_aot asks it)."""
+    kind = pod_of(topology).kind
+    of = lambda ways: choose(abstract_mesh({"seq": seq * 16 // ways, "expert": ways}, kind), 8)  # noqa: E731
+    assert [of(ways) for ways in (2, 8, 16)] == ["gather", "gather", long]
+
+
+def test_an_exchange_that_devices_do_not_have_is_refused(caplog):
+    mesh = make_mesh({"expert": 8})
+    with pytest.raises(UserError, match="exchange 'post': there are gather, ragged, padded"):
+        Plan(mesh, exchange="post")
+    with pytest.raises(UserError, match="exchange ragged: XLA has no ragged all-to-all for CPUs"):
+        Plan(mesh, exchange="ragged")
+    with caplog.at_level(logging.INFO):
+        chosen.cache_clear()
+        assert [chosen(mesh, k) for k in (2, 2, 8)] == ["padded", "padded", "gather"]
+    assert [r.getMessage() for r in caplog.records] == [
+        "2 choices of a token, expert = 8: padded (XLA has no ragged all-to-all for CPUs)"
+    ]
