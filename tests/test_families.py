@@ -26,7 +26,7 @@ from kimijax.model import Model
 from kimijax.ops.attend import local
 from kimijax.ops.norm import unit
 from kimijax.ops.rope import frequencies
-from tests.conftest import assert_close
+from tests.conftest import array, assert_close
 
 GOLDENS = Path(__file__).parent / "goldens"
 MODELS = (
@@ -167,7 +167,7 @@ def test_masked_groups_are_never_chosen_though_scores_are_negative():
     zero = {n: np.zeros((8, *s)) for n, s in (("gate", (6, 4)), ("up", (6, 4)), ("down", (4, 6)))}
     shared = {n: {"w": np.zeros((4, 6) if n == "down" else (6, 4))} for n in zero}
     params = zero | {"router": router, "bias": bias, "shared": shared}
-    params = jax.tree.map(lambda a: jnp.asarray(a, jnp.float32), params)
+    params = jax.tree.map(lambda a: array(a), params)
     pos = jnp.arange(32)[None]
     none = jnp.zeros((1, 0), jnp.int32)
     count = jnp.zeros(1, jnp.int32)

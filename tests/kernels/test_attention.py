@@ -10,7 +10,7 @@ import pytest
 import kernels_pallas.attention.xla as xla
 from kernels_pallas.attention import Keys, Queries, attention, attention_grads
 from kernels_pallas.partial import merge
-from tests.conftest import assert_close
+from tests.conftest import array, assert_close
 
 FAR = np.iinfo(np.int32).max
 
@@ -20,14 +20,14 @@ def _inputs(rng, *, t=40, s=40, h=4, g=2, rope=True, window=None, order=None, dt
     b = 2
 
     def normal(*shape):
-        return jnp.asarray(rng.normal(size=shape), dtype)
+        return array(rng.normal(size=shape), dtype)
 
     pos = np.tile(np.concatenate([np.arange(s // 2), np.arange(s - s // 2)]), (b, 1))
     seg = np.tile(np.repeat([0, 1], [s // 2, s - s // 2]), (b, 1))
     seg[:, 3], seg[1, :2], pos[0, -2:] = -1, -1, FAR
     since = np.maximum(pos - window + 1, 0) if window else np.zeros_like(pos)
     order = np.arange(s) if order is None else order
-    pos, seg, since = (jnp.asarray(x[:, order], jnp.int32) for x in (pos, seg, since))
+    pos, seg, since = (array(x[:, order], jnp.int32) for x in (pos, seg, since))
     q = Queries(
         normal(b, t, h, 8), normal(b, t, h, 6) if rope else None, pos[:, :t], seg[:, :t],
         since[:, :t],
@@ -71,8 +71,8 @@ def test_xla_equals_reference_forward_and_gradient(name, tiles, rng, monkeypatch
     monkeypatch.setattr(xla, "TILE_K", tiles[1])
     q, kv = _inputs(rng, **CASES[name])
     cotangents = (
-        jnp.asarray(rng.normal(size=(2, 40, 4, 5)), jnp.float32),
-        jnp.asarray(rng.normal(size=(2, 40, 4)), jnp.float32),
+        array(rng.normal(size=(2, 40, 4, 5))),
+        array(rng.normal(size=(2, 40, 4))),
     )
     got, want = (
         _value_and_grad(impl, tiles)(_floats(q, kv), q, kv, cotangents) for impl in ("xla", "ref")
@@ -89,7 +89,7 @@ def test_bfloat16_is_near_the_float32_reference(rng):
 
 def test_merge_over_disjoint_keys_is_the_whole_forward_and_gradient(rng):
     q, kv = _inputs(rng)
-    cotangent = jnp.asarray(rng.normal(size=(2, 40, 4, 5)), jnp.float32)
+    cotangent = array(rng.normal(size=(2, 40, 4, 5)))
 
     def cut(kv, part):
         return jax.tree.map(lambda x: x[:, part], kv)
@@ -131,7 +131,7 @@ def test_gradients_of_sets_of_keys_sum_to_that_of_all(rope, impl, tiles, rng, mo
     monkeypatch.setattr(xla, "TILE_Q", tiles)
     monkeypatch.setattr(xla, "TILE_K", tiles)
     q, kv = _inputs(rng, rope=rope)
-    cotangents = [jnp.asarray(rng.normal(size=s), jnp.float32) for s in ((2, 40, 4, 5), (2, 40, 4))]
+    cotangents = [array(rng.normal(size=s)) for s in ((2, 40, 4, 5), (2, 40, 4))]
     want, p = jax.grad(_loss, has_aux=True)(_floats(q, kv), q, kv, "ref", cotangents)
     d_lse = jnp.where(jnp.isneginf(p.lse), 0.0, cotangents[1])
     delta = jnp.sum(p.out * cotangents[0], -1) - d_lse

@@ -17,7 +17,7 @@ from kimijax.parallel.mesh import make_mesh
 from kimijax.parallel.plan import Plan
 from kimijax.planner.chips import pod_of
 from kimijax.planner.job import abstract_mesh
-from tests.conftest import assert_close
+from tests.conftest import array, assert_close
 
 ROWS, TOKENS, WIDTH, FFN, EXPERTS = 2, 32, 8, 16, 16
 
@@ -27,13 +27,13 @@ def choices(routing: str, k: int) -> jax.Array:
     rng = np.random.default_rng(1)
     among = {"even": EXPERTS, "all to one device": EXPERTS // 8}[routing]
     ids = np.stack([rng.permutation(among)[:k] for _ in range(ROWS * TOKENS)])
-    return jnp.asarray(ids, jnp.int32).reshape(ROWS, TOKENS, k)
+    return array(ids, jnp.int32).reshape(ROWS, TOKENS, k)
 
 
 def value_and_grads(compute, ids):
     """The output, and the gradient of tokens, weights of choices and experts."""
     rng = np.random.default_rng(0)
-    draw = lambda *s: jnp.asarray(rng.normal(size=s), jnp.float32)  # noqa: E731
+    draw = lambda *s: array(rng.normal(size=s))  # noqa: E731
     matrices = draw(EXPERTS, WIDTH, FFN), draw(EXPERTS, WIDTH, FFN), draw(EXPERTS, FFN, WIDTH)
     x, weight, cotangent = draw(ROWS, TOKENS, WIDTH), draw(*ids.shape), draw(ROWS, TOKENS, WIDTH)
 
@@ -88,7 +88,7 @@ def test_matrices_travel_as_they_are_multiplied_and_gradients_are_summed_in_floa
 def test_rounds_need_not_divide_the_tokens():
     ids = choices("even", 2)[:, :24]  # 6 tokens a device, four rounds of 2
     rng = np.random.default_rng(0)
-    x, weight, *matrices = (jnp.asarray(rng.normal(size=s), jnp.float32) for s in (
+    x, weight, *matrices = (array(rng.normal(size=s)) for s in (
         (ROWS, 24, WIDTH), ids.shape, (EXPERTS, WIDTH, FFN), (EXPERTS, WIDTH, FFN),
         (EXPERTS, FFN, WIDTH),
     ))
@@ -108,7 +108,7 @@ def test_experts_kept_in_four_bits(tokens):
 
     matrices = draw(FFN, WIDTH), draw(FFN, WIDTH), draw(WIDTH, FFN)
     ids = choices("even", 2)[:, :tokens]
-    x, weight = (jnp.asarray(rng.normal(size=s), jnp.float32)
+    x, weight = (array(rng.normal(size=s))
                  for s in ((ROWS, tokens, WIDTH), ids.shape))
     compute = Plan(make_mesh({"seq": 2, "expert": 4})).ops().experts
     got = jax.jit(compute)(x, ids, weight, *matrices)
