@@ -144,7 +144,7 @@ def test_small_latents_are_normed_with_1e_6():
     flat[f"{name}kv.w"] = flat[f"{name}kv.w"] * 1e-3
     net, ids = Model(model.cfg, local()), want["input_ids"][:1]
     params = {"params": unflatten_dict(flat, sep=".")}
-    cache = net.apply(params, ids, cache=empty_cache(model.cfg, 1, ids.shape[1])).cache
+    cache = jax.jit(net.apply)(params, ids, cache=empty_cache(model.cfg, 1, ids.shape[1])).cache
     got = cache.states[0][0]["latent"][0, 0, : ids.shape[1]]
     h = np.asarray(flat["embed"], np.float64)[ids[0]]
     h = h / np.sqrt((h * h).mean(-1, keepdims=True) + 1e-5)
@@ -172,11 +172,11 @@ def test_masked_groups_are_never_chosen_though_scores_are_negative():
     none = jnp.zeros((1, 0), jnp.int32)
     count = jnp.zeros(1, jnp.int32)
     tokens = Tokens(pos, jnp.zeros_like(pos), none, none, count, count + 32)
-    _, report = MoE(cfg, local()).apply({"params": params}, jnp.asarray(x), tokens)
+    _, report = jax.jit(MoE(cfg, local()).apply)({"params": params}, x, tokens)
     biased = 1 / (1 + np.exp(-x[0].astype(np.float64) @ router)) + bias
     groups = biased.reshape(32, 4, 2).sum(-1)
     kept = np.argsort(-groups, 1)[:, :2]
-    for got, row, groups in zip(report["experts"][0], biased, kept, strict=True):
+    for got, row, groups in zip(np.asarray(report["experts"][0]), biased, kept, strict=True):
         allowed = [e for e in range(8) if e // 2 in groups]
         assert sorted(got.tolist()) == sorted(sorted(allowed, key=lambda e: -row[e])[:3])
 

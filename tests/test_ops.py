@@ -30,10 +30,11 @@ def test_rope_scores_depend_on_the_distance_alone(rng):
     rope = RopeConfig(theta=1000.0, dim=16)
 
     def score(a, b):
-        turned = [rotate(x, *cos_sin(jnp.array([p]), rope)) for x, p in ((q, a), (k, b))]
+        turned = [rotate(x, *cos_sin(p, rope)) for x, p in ((q, a), (k, b))]
         return jnp.sum(turned[0] * turned[1])
 
-    assert_close(score(2_097_151, 2_097_140), score(11, 0))
+    score, at = jax.jit(score), lambda p: np.array([p], np.int32)
+    assert_close(score(at(2_097_151), at(2_097_140)), score(at(11), at(0)))
 
 
 @pytest.mark.parametrize("rope", [True, False], ids=["rope", "NoPE"])

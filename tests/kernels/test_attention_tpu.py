@@ -108,10 +108,10 @@ def test_transfers_of_the_backward_have_no_race(rng, small_blocks, execution):
     from jax._src.pallas.mosaic.interpret import interpret_pallas_call as simulator
 
     q, kv = _inputs(rng, t=300, s=600, h=2, g=1)
-    p = ref.attention(q, kv, scale=0.3)
+    p = jax.jit(functools.partial(ref.attention, scale=0.3))(q, kv)
     d_out = array(rng.normal(size=p.out.shape))
     rest = (q, kv, p.lse, d_out, jnp.sum(p.out * d_out, -1))
     params = pltpu.InterpretParams(detect_races=True, dma_execution_mode=execution)
     got = jax.jit(functools.partial(at_once(tpu_bwd.backward(params)), scale=0.3))(*rest)
-    assert_close(got, ref.attention_grads(*rest, scale=0.3))
+    assert_close(got, jax.jit(functools.partial(ref.attention_grads, scale=0.3))(*rest))
     assert not simulator.races.races_found

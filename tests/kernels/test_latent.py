@@ -91,12 +91,12 @@ def test_transfers_of_the_backward_have_no_race(rng, small_blocks, execution):
     from jax._src.pallas.mosaic.interpret import interpret_pallas_call as simulator
 
     q, kv, up = _latents(rng, t=300, s=300, h=2)
-    p = ref.forward(q, kv, up, scale=0.3)
+    p = jax.jit(functools.partial(ref.forward, scale=0.3))(q, kv, up)
     d_out = array(rng.normal(size=p.out.shape))
     rest = (q, kv, up, p.lse, d_out, jnp.sum(p.out * d_out, -1))
     params = pltpu.InterpretParams(detect_races=True, dma_execution_mode=execution)
     got = jax.jit(functools.partial(at_once(tpu_bwd.backward(params)), scale=0.3))(*rest)
-    assert_close(got, ref.grads(*rest, scale=0.3))
+    assert_close(got, jax.jit(functools.partial(ref.grads, scale=0.3))(*rest))
     assert not simulator.races.races_found
 
 
