@@ -119,7 +119,7 @@ def _fitted(args, model, base, tokenizer, out: Path):
     loss = language_model(model)
     if args.lora:
         optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(rate, 0.9, 0.95))
-        start = fresh_adapters(boxed, args.lora, args.seed)
+        start = jax.jit(lambda: fresh_adapters(boxed, args.lora, args.seed))()
         made = make_step(loss_of_adapters(loss, boxed, args.alpha), optimizer, parts=args.parts)
         step = lambda state, batch: made(state, batch, base)  # noqa: E731
     else:
@@ -135,7 +135,8 @@ def _fitted(args, model, base, tokenizer, out: Path):
         run["digest"] = hashlib.file_digest(file, "blake2b").hexdigest()[:32]
     state = fit(jax.jit(lambda: fresh(start, optimizer))() if args.lora else
                 fresh(start, optimizer), [phase], out, run, tensorboard=args.tensorboard)
-    return merged(base, state.params, boxed, args.alpha) if args.lora else state.params
+    merge = jax.jit(lambda base, adapters: merged(base, adapters, boxed, args.alpha))
+    return merge(base, state.params) if args.lora else state.params
 
 
 if __name__ == "__main__":

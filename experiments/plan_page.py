@@ -22,8 +22,8 @@ is slower.
   the one it would leave it does not fit. decode: one token behind as many, ms.
 - Memory of a chip, GiB: {memory}. Assumed dollars of a chip-hour:
   {dollars}; `kimijax plan --dollars` takes yours.
-- On v5e beyond 16 chips libtpu compiles no ragged all-to-all: to read, experts lie on as many chips
-  as a token has choices there, 8 of K2, or fewer.
+- On v5e beyond 16 chips libtpu compiles no ragged all-to-all: where experts lie on more chips than
+  a token has choices, 8 of K2, tokens go to them in one that has room for all (`exchange.py`).
 - Matrices held as int4 are not cut along their channels, so `tensor` is 1: every chip has the rest
   of the weights whole, 22 GiB of K2, which no v5e holds, and reads them for every token: behind
   2,097,152 tokens on v6e:8x16 a token takes 14.3 ms against 7.66 ms in bf16.

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import gc
 import sys
 
 import tests.devices  # noqa: F401
@@ -33,6 +34,12 @@ from kimijax.ops.attend import local
 TOLERANCE = {jnp.dtype(jnp.float32): 2e-5, jnp.dtype(jnp.bfloat16): 2e-2}
 
 
+def pytest_collection_finish():
+    """Collect garbage less often: it is looked for in all that jax keeps, 6% of the tests' time."""
+    gc.freeze()
+    gc.set_threshold(50_000, 20, 100)
+
+
 def assert_close(got, want, dtype=jnp.float32):
     """Trees equal within the tolerance of a dtype, relative to the largest wanted value."""
     got, want = (jax.tree.leaves(jax.tree.map(np.asarray, x)) for x in (got, want))
@@ -46,6 +53,11 @@ def assert_close(got, want, dtype=jnp.float32):
         scale = max(1e-3, np.abs(w[finite]).max(initial=0.0))
         worst = np.abs(g[finite] - w[finite]).max(initial=0.0) / scale
         assert worst <= TOLERANCE[jnp.dtype(dtype)], f"off by {worst:.2e} of the largest value"
+
+
+def array(x, dtype=jnp.float32) -> jax.Array:
+    """Numbers of the host as an array, cast there: jax would compile a program for every shape."""
+    return jax.device_put(np.asarray(x).astype(jnp.dtype(dtype)))
 
 
 @pytest.fixture
@@ -112,16 +124,26 @@ def small_kimi() -> ModelConfig:
 CONFIGS = {"needle": small_needle, "kimi": small_kimi}
 
 
+def random_params(model: Model):
+    """Fixed random weights, none of them zero.
+
+    Not the model's own initial values: tied and zero ones hide mistakes (and take seconds).
+    """
+    rng = np.random.default_rng(0)
+
+    def draw(x):
+        x = rng.normal(size=x.shape) * max(x.shape[-2:]) ** -0.5 if x.ndim > 2 else (
+            1 + 0.3 * rng.normal(size=x.shape))
+        return array(x)
+
+    return jax.tree.map(draw, nn.unbox(abstract_params(model)))
+
+
 @functools.cache
 def model_and_params(name: str, exact: bool = False):
-    """(Model, params) of a small config with fixed random weights, none of them zero."""
-    model, rng = Model(CONFIGS[name](), local(exact=exact)), np.random.default_rng(0)
-    # Not the model's own initial values: tied and zero ones hide mistakes (and take seconds).
-    return model, jax.tree.map(
-        lambda x: jnp.asarray(rng.normal(size=x.shape) * max(x.shape[-2:]) ** -0.5, jnp.float32)
-        if x.ndim > 2 else jnp.asarray(1 + 0.3 * rng.normal(size=x.shape), jnp.float32),
-        nn.unbox(abstract_params(model)),
-    )
+    """(Model, params) of a small config with `random_params`."""
+    model = Model(CONFIGS[name](), local(exact=exact))
+    return model, random_params(model)
 
 
 @functools.cache

@@ -16,6 +16,7 @@ from kimijax.config_tree import override
 from kimijax.errors import UserError
 from kimijax.model import Model
 from kimijax.ops.attend import local
+from tests.conftest import array
 
 CONFIG, WEIGHTS, MANIFEST = "config.json", "model.safetensors", "manifest.json"
 CFG = override(
@@ -41,7 +42,7 @@ def params():
     init = partial(Model(CFG, local()).init, method="logits")
     shapes = nn.unbox(jax.eval_shape(init, jax.random.key(0), ids))["params"]
     rng = np.random.default_rng(0)
-    return jax.tree.map(lambda x: jnp.asarray(rng.normal(size=x.shape), x.dtype), shapes)
+    return jax.tree.map(lambda x: array(rng.normal(size=x.shape), x.dtype), shapes)
 
 
 @pytest.fixture

@@ -26,7 +26,7 @@ from kimijax.model import Model
 from kimijax.ops.attend import local
 from kimijax.ops.norm import unit
 from kimijax.ops.rope import frequencies
-from tests.conftest import assert_close
+from tests.conftest import array, assert_close
 
 GOLDENS = Path(__file__).parent / "goldens"
 MODELS = (
@@ -144,7 +144,7 @@ def test_small_latents_are_normed_with_1e_6():
     flat[f"{name}kv.w"] = flat[f"{name}kv.w"] * 1e-3
     net, ids = Model(model.cfg, local()), want["input_ids"][:1]
     params = {"params": unflatten_dict(flat, sep=".")}
-    cache = net.apply(params, ids, cache=empty_cache(model.cfg, 1, ids.shape[1])).cache
+    cache = jax.jit(net.apply)(params, ids, cache=empty_cache(model.cfg, 1, ids.shape[1])).cache
     got = cache.states[0][0]["latent"][0, 0, : ids.shape[1]]
     h = np.asarray(flat["embed"], np.float64)[ids[0]]
     h = h / np.sqrt((h * h).mean(-1, keepdims=True) + 1e-5)
@@ -167,16 +167,16 @@ def test_masked_groups_are_never_chosen_though_scores_are_negative():
     zero = {n: np.zeros((8, *s)) for n, s in (("gate", (6, 4)), ("up", (6, 4)), ("down", (4, 6)))}
     shared = {n: {"w": np.zeros((4, 6) if n == "down" else (6, 4))} for n in zero}
     params = zero | {"router": router, "bias": bias, "shared": shared}
-    params = jax.tree.map(lambda a: jnp.asarray(a, jnp.float32), params)
+    params = jax.tree.map(lambda a: array(a), params)
     pos = jnp.arange(32)[None]
     none = jnp.zeros((1, 0), jnp.int32)
     count = jnp.zeros(1, jnp.int32)
     tokens = Tokens(pos, jnp.zeros_like(pos), none, none, count, count + 32)
-    _, report = MoE(cfg, local()).apply({"params": params}, jnp.asarray(x), tokens)
+    _, report = jax.jit(MoE(cfg, local()).apply)({"params": params}, x, tokens)
     biased = 1 / (1 + np.exp(-x[0].astype(np.float64) @ router)) + bias
     groups = biased.reshape(32, 4, 2).sum(-1)
     kept = np.argsort(-groups, 1)[:, :2]
-    for got, row, groups in zip(report["experts"][0], biased, kept, strict=True):
+    for got, row, groups in zip(np.asarray(report["experts"][0]), biased, kept, strict=True):
         allowed = [e for e in range(8) if e // 2 in groups]
         assert sorted(got.tolist()) == sorted(sorted(allowed, key=lambda e: -row[e])[:3])
 

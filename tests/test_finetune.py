@@ -18,7 +18,7 @@ from kimijax.errors import UserError
 from kimijax.model import Model, abstract_params
 from kimijax.ops.attend import local
 from kimijax.train.lora import adapted, fresh_adapters, merged
-from tests.conftest import assert_close, model_and_params
+from tests.conftest import array, assert_close, model_and_params
 
 MARKS = ("<|im_system|>", "<|im_user|>", "<|im_assistant|>", "<|im_middle|>", "<|im_end|>")
 VOCAB = 512  # of the tokenizer, which reserves names
@@ -32,7 +32,7 @@ def checkpoint(tmp_path_factory) -> Path:
     cfg = override(golden.cfg, {"vocab": VOCAB})
     rng, shapes = np.random.default_rng(0), nn.unbox(abstract_params(Model(cfg, local())))
     params = jax.tree.map(
-        lambda x: jnp.asarray(rng.normal(size=x.shape) * max(x.shape[-2:]) ** -0.5, jnp.float32)
+        lambda x: array(rng.normal(size=x.shape) * max(x.shape[-2:]) ** -0.5)
         if x.ndim > 2 or VOCAB in x.shape else jnp.ones(x.shape), shapes,
     )
     export(cfg, params, directory)
@@ -70,7 +70,8 @@ def test_adapters_learn_and_the_result_is_a_model_directory(checkpoint, chats, t
     before, after = load(checkpoint), load(tmp_path / "model")
     assert after.cfg == before.cfg and read_config(tmp_path / "model") == before.cfg
     assert (tmp_path / "model" / "tiktoken.model").exists()
-    changed = jax.tree.map(lambda a, b: bool((a != b).any()), before.params, after.params)
+    sides = (jax.device_get(x.params) for x in (before, after))
+    changed = jax.tree.map(lambda a, b: bool((a != b).any()), *sides)
     paths = {jax.tree_util.keystr(p) for p, c in jax.tree_util.tree_leaves_with_path(changed) if c}
     names = adapted(abstract_params(Model(before.cfg, local())))
     assert paths and paths <= names.keys()  # nothing else was touched
@@ -85,7 +86,7 @@ def test_fresh_adapters_change_nothing_and_trained_ones_what_they_say(rng):
     adapters = fresh_adapters(boxed, 3, 0)
     assert_close(merged(params, adapters, boxed, 16.0), params)
     path = "['params']['group_0']['layer_0']['mixer']['q']['w']"  # l d h k
-    b = jnp.asarray(rng.normal(size=adapters[path]["b"].shape), jnp.float32)
+    b = array(rng.normal(size=adapters[path]["b"].shape))
     adapters[path] = {**adapters[path], "b": b}
     got = merged(params, adapters, boxed, 6.0)["params"]["group_0"]["layer_0"]["mixer"]["q"]["w"]
     w = params["params"]["group_0"]["layer_0"]["mixer"]["q"]["w"]

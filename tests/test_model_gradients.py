@@ -11,7 +11,7 @@ from kimijax.cache import empty_cache, run_length
 from kimijax.config_tree import override
 from kimijax.model import Model
 from kimijax.ops.attend import local
-from tests.conftest import CONFIGS, assert_close, model_and_params
+from tests.conftest import CONFIGS, array, assert_close, model_and_params
 
 T = 256
 
@@ -22,7 +22,7 @@ def ids():
 
 
 def _ids():
-    return jnp.asarray(np.random.default_rng(0).integers(0, 64, (2, T)), jnp.int32)
+    return array(np.random.default_rng(0).integers(0, 64, (2, T)), jnp.int32)
 
 
 @functools.cache

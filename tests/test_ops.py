@@ -13,7 +13,7 @@ from kimijax.metrics import prefill_flops
 from kimijax.ops.attend import Latents, attend
 from kimijax.ops.moe import combine, dispatch, expert_mlp, grouped_experts, tile_rows
 from kimijax.ops.rope import cos_sin, rotate
-from tests.conftest import CONFIGS, assert_close
+from tests.conftest import CONFIGS, array, assert_close
 
 
 @pytest.mark.parametrize("pos", [0, 1, 2047, 2048, 131_071, 2_097_151, 4_194_303])
@@ -25,15 +25,16 @@ def test_rope_is_exact_at_any_position(pos):
 
 
 def test_rope_scores_depend_on_the_distance_alone(rng):
-    q, k = (jnp.asarray(rng.normal(size=(1, 16)), jnp.float32) for _ in range(2))
+    q, k = (array(rng.normal(size=(1, 16))) for _ in range(2))
 
     rope = RopeConfig(theta=1000.0, dim=16)
 
     def score(a, b):
-        turned = [rotate(x, *cos_sin(jnp.array([p]), rope)) for x, p in ((q, a), (k, b))]
+        turned = [rotate(x, *cos_sin(p, rope)) for x, p in ((q, a), (k, b))]
         return jnp.sum(turned[0] * turned[1])
 
-    assert_close(score(2_097_151, 2_097_140), score(11, 0))
+    score, at = jax.jit(score), lambda p: np.array([p], np.int32)
+    assert_close(score(at(2_097_151), at(2_097_140)), score(at(11), at(0)))
 
 
 @pytest.mark.parametrize("rope", [True, False], ids=["rope", "NoPE"])
@@ -41,7 +42,7 @@ def test_expanded_is_absorbed_forward_and_gradient(rope, rng):
     b, t, s, h, n, v, r, p = 2, 12, 20, 3, 8, 6, 16, 4
 
     def normal(*shape):
-        return jnp.asarray(rng.normal(size=shape), jnp.float32)
+        return array(rng.normal(size=shape))
 
     pos = jnp.broadcast_to(jnp.arange(s), (b, s))
     seg = jnp.zeros((b, s), jnp.int32)
@@ -89,7 +90,7 @@ def test_experts_by_tiles_are_experts_one_by_one(k, rng):
     n, d, f, e = 50, 8, 6, 5
 
     def normal(*shape):
-        return jnp.asarray(rng.normal(size=shape), jnp.float32)
+        return array(rng.normal(size=shape))
 
     x, gate, up, down = normal(n, d), normal(e, d, f), normal(e, d, f), normal(e, f, d)
     ids = np.stack([rng.permutation(4)[:k] for _ in range(n)])  # expert 4 gets nothing

@@ -21,7 +21,7 @@ from kimijax.optim import adamw, cosine, muon, qk_clip, wsd
 from kimijax.optim.matrices import matrices_of
 from kimijax.optim.muon import _kind, orthogonal
 from kimijax.optim.qk_clip import clipped
-from tests.conftest import assert_close, small_kimi, small_needle
+from tests.conftest import array, assert_close, small_kimi, small_needle
 
 GOLDEN = np.load(Path(__file__).parent / "goldens" / "muonclip_steps.npz")
 NAMES = {"square": 2, "tall": 2, "wide": 2, "experts": 3}
@@ -49,7 +49,7 @@ def test_steps_are_those_of_the_published_equations(nesterov):
 
 
 def test_without_nesterov_it_is_the_muon_of_optax(rng):
-    w = {"w": jnp.asarray(rng.normal(size=(3, 8, 2, 6)), jnp.float32)}
+    w = {"w": array(rng.normal(size=(3, 8, 2, 6)))}
     numbers = {"w": MuonDimensionNumbers((1,), (2, 3))}
     ours = muon({"w": nn.Partitioned(w["w"], ("layers", "embed", "heads", "head_dim"))}, 0.1,
                 clip=None)
@@ -57,7 +57,7 @@ def test_without_nesterov_it_is_the_muon_of_optax(rng):
                         muon_weight_dimension_numbers=numbers)
     states = [x.init(w) for x in (ours, theirs)]
     for _ in range(3):
-        grads = {"w": jnp.asarray(rng.normal(size=w["w"].shape), jnp.float32)}
+        grads = {"w": array(rng.normal(size=w["w"].shape))}
         (got, states[0]), (want, states[1]) = (
             jax.jit(x.update)(grads, s, w) for x, s in zip((ours, theirs), states, strict=True)
         )
@@ -65,7 +65,7 @@ def test_without_nesterov_it_is_the_muon_of_optax(rng):
 
 
 def test_updates_are_nearly_orthogonal(rng):
-    x = jnp.asarray(rng.normal(size=(3, 8, 2, 6)), jnp.float32)
+    x = array(rng.normal(size=(3, 8, 2, 6)))
     matrices = Matrices((1,), (2, 3))
     full, half = (
         np.reshape(orthogonal(x, matrices, dtype=dtype), (3, 8, 12)) / (0.2 * 12**0.5)

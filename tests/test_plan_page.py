@@ -77,10 +77,8 @@ def test_a_chunk_is_of_prefill_and_no_longer_than_the_context():
 
 
 def test_no_row_is_faster_than_what_it_must_read_and_multiply(facts):
-    none = of(facts, fits=False)  # experts on 8 chips of v5e at most: there is no ragged exchange
-    assert none == of(facts, model="kimi_linear_48b", attention="chosen", job="prefill", chip="v5e")
-    assert all(r["bytes_per_chip"] > r["memory_per_chip"] for r in none)
-    for r in of(facts, fits=True):
+    assert not of(facts, fits=False)
+    for r in facts["rows"]:
         cfg = plan_2m.model_of(r["model"], r["attention"])
         job, chip = Job(cfg, r["job"], N), CHIPS[r["chip"]]
         pod = pod_of(r["topology"])

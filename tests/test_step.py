@@ -29,7 +29,7 @@ from kimijax.train import init_state, make_step, state_shardings
 from kimijax.train.loss import cross_entropy, language_model
 from kimijax.train.rows import Rows, placed, rows_of
 from kimijax.train.state import fresh
-from tests.conftest import assert_close
+from tests.conftest import array, assert_close
 
 TAU = 0.5  # below the logits of a fresh model, so that heads are clipped from the first step on
 
@@ -99,7 +99,7 @@ def test_on_a_mesh_weights_and_clips_are_those_of_one_device(alone):
 def test_matrices_are_dealt_out_and_never_gathered(rng, shape, names, spec):
     mesh = make_mesh({"data": 2, "seq": 2, "tensor": 2})
     where = NamedSharding(mesh, PartitionSpec(*spec))
-    x = jnp.asarray(rng.normal(size=shape), jnp.float32)
+    x = array(rng.normal(size=shape))
     boxed = {"w": nn.Partitioned(x, names)}
 
     def updated(optimizer, x):
@@ -151,7 +151,7 @@ def test_a_step_that_is_not_finite_or_a_spike_leaves_the_weights_alone():
 
 
 def test_pieces_of_the_vocabulary_loss_are_the_whole(rng):
-    hidden, w = (jnp.asarray(rng.normal(size=s), jnp.float32) for s in ((2, 12, 8), (8, 16)))
+    hidden, w = (array(rng.normal(size=s)) for s in ((2, 12, 8), (8, 16)))
     rows = batch(0, 2, 12)
     targets, head = rows.targets % 16, lambda w, h: h @ w
 

@@ -6,25 +6,33 @@ E devices hold n tokens each, every token has k choices, e experts lie on a devi
             token each way, over evenly loaded links, and nothing to pack
     ragged  a token goes once to each device that holds a choice of it, and comes back as the sum of
             what its experts say: with even routing (E - 1) (1 - (1 - 1/E)^k) copies each way
+    padded  the same rows in an all-to-all that has room for all, where XLA has no ragged one:
+            E - 1 copies each way
 
-`cheaper` takes ragged where E > k: at E = k it sends 0.63 of gather's copies, at E = 8k 0.12.
+`choose` takes one of the latter two where E > k: at E = k ragged sends 0.63 of gather's copies, at
+E = 8k 0.12; padded sends as many as gather and holds fewer.
 
-Memory: up to E n tokens may ask for one device. gather holds that many. ragged goes in r = E / k
+Memory: up to E n tokens may ask for one device. gather holds that many. The others go in r = E / k
 rounds of m = n / r tokens a device: n k rows packed over all rounds, at most E m = n k arriving and
 E m min(k, e) in the products. Gradients compute a round a second time where there are several.
 Where rows arrive is fixed: m from each device, in its order. So the way back is the mirror of the
-way there, and the gradient of each is the other. XLA has no ragged all-to-all on CPU: there the
-same rows travel in an all-to-all of E m.
+way there, and the gradient of each is the other.
 """
 
 import functools
+import logging
 from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import AbstractMesh, Mesh
 
 from kimijax.ops.moe import dispatch
+from kimijax.parallel.cost import KINDS
+
+AXIS = "expert"  # of a mesh, over which tokens are exchanged
+LIMITED = 16  # chips of v5e up to which libtpu 0.0.52 has a ragged all-to-all
 
 
 class Link(NamedTuple):
@@ -33,12 +41,41 @@ class Link(NamedTuple):
     axis: str
     ways: int
     experts: int  # on each device
-    ragged: bool  # XLA has the collective for its devices
+    ragged: bool  # rows go in a ragged all-to-all, not in one with room for all
 
 
-def cheaper(ways: int, choices: int) -> str:
-    """The exchange for an axis of so many devices and so many choices of a token, as said above."""
-    return "ragged" if ways > choices else "gather"
+def not_ragged(mesh: Mesh | AbstractMesh) -> str | None:
+    """Why XLA compiles no ragged all-to-all for the devices of a mesh; None: it does.
+
+    On v5e a program has to use all chips of its slice: the mesh is as large.
+    """
+    device = mesh.abstract_mesh.abstract_device
+    if device is None:  # nothing is known of them, nothing is compiled for them
+        return None
+    if device.platform == "cpu":
+        return "XLA has no ragged all-to-all for CPUs"
+    if KINDS.get(device.device_kind) == "v5e" and mesh.size > LIMITED:
+        return f"libtpu has no ragged all-to-all for v5e beyond {LIMITED} chips"
+    return None
+
+
+def choose(mesh: Mesh | AbstractMesh, choices: int) -> str:
+    """The exchange for tokens of so many choices on the devices of a mesh, as said above."""
+    if mesh.shape[AXIS] <= choices:
+        return "gather"
+    return "padded" if not_ragged(mesh) else "ragged"
+
+
+@functools.lru_cache(maxsize=256)
+def chosen(mesh: Mesh, choices: int) -> str:
+    """`choose`, said the first time where devices leave no choice."""
+    name = choose(mesh, choices)
+    if name == "padded":
+        logging.getLogger(__name__).info(
+            f"{choices} choices of a token, {AXIS} = {mesh.shape[AXIS]}: padded "
+            f"({not_ragged(mesh)})"
+        )
+    return name
 
 
 def gather(link: Link, said: Callable, x, ids, weight):
@@ -51,7 +88,7 @@ def gather(link: Link, said: Callable, x, ids, weight):
     return jax.lax.psum_scatter(y, link.axis, scatter_dimension=1, tiled=True)
 
 
-def ragged(link: Link, said: Callable, x, ids, weight):
+def by_device(link: Link, said: Callable, x, ids, weight):
     """The same, every token to the devices of its choices."""
     flat = tuple(a.reshape(-1, a.shape[-1]) for a in (x, ids, weight))
     n, k = flat[1].shape
@@ -69,7 +106,7 @@ def ragged(link: Link, said: Callable, x, ids, weight):
     return y.reshape(rounds * m, -1)[:n].reshape(x.shape)
 
 
-EXCHANGES = {"gather": gather, "ragged": ragged}
+EXCHANGES = {"gather": gather, "ragged": by_device, "padded": by_device}  # by link.ragged
 
 
 def _round(link: Link, said: Callable, x, ids, weight):

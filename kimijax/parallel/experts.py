@@ -10,9 +10,7 @@ from jax.sharding import PartitionSpec as P
 from kimijax.errors import UserError
 from kimijax.ops.moe import count
 from kimijax.parallel.axes import Axes
-from kimijax.parallel.exchange import EXCHANGES, Link, cheaper
-
-AXIS = "expert"
+from kimijax.parallel.exchange import AXIS, EXCHANGES, Link, chosen
 
 
 def experts(
@@ -21,7 +19,7 @@ def experts(
 ):
     """The contract of kimijax.ops.moe.tiled_experts, which `compute` has too.
 
-    exchange    one of EXCHANGES; None: the cheaper
+    exchange    one of EXCHANGES; None: the cheapest of those that the devices have
     dealt_over  the axes over which the training of floats deals their matrices as well: gate and
                 up along d, down along f (rules.TRAIN)
     """
@@ -34,8 +32,8 @@ def experts(
     # Packed matrices have scales per block of channels: they are not cut along them.
     cut = axes.heads if isinstance(gate, jax.Array) else None
     token, own = P(rows, dealt), all_of // ways
-    link = Link(AXIS, ways, own, axes.mesh.devices.flat[0].platform != "cpu")
-    swap = EXCHANGES[exchange or cheaper(ways, ids.shape[-1])]
+    name = exchange or chosen(axes.mesh, ids.shape[-1])
+    swap, link = EXCHANGES[name], Link(AXIS, ways, own, name == "ragged")
     lead = () if layer is None else (None,)
     pieces = dealt_over if cut and layer is None else ()
     of_weights = tuple(

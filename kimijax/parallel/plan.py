@@ -33,7 +33,7 @@ from kimijax.parallel.attend import STRATEGIES, check, known, sharded
 from kimijax.parallel.axes import Axes
 from kimijax.parallel.collect import collect
 from kimijax.parallel.cost import Work, choose, explain, rates_of
-from kimijax.parallel.exchange import EXCHANGES
+from kimijax.parallel.exchange import EXCHANGES, not_ragged
 from kimijax.parallel.order import ORDERS, Order, make_order
 from kimijax.parallel.sources import HEADS, LATENTS
 from kimijax.parallel.store import dealt_rows, recall
@@ -50,7 +50,8 @@ class Plan:
     train: bool = False  # weights are dealt over data and seq as well
     impl: str | None = None  # of the ops; None: pallas on a TPU, xla elsewhere
     experts: str | None = None  # tiled or grouped; None: what is fast on the mesh's devices
-    exchange: str | None = None  # of tokens for experts, gather or ragged; None: the cheaper
+    # Of tokens for experts: gather, ragged or padded; None: the cheapest that the devices have.
+    exchange: str | None = None
     exact: bool = False
     remat: bool = False  # gradients compute layers, but attention, a second time from their inputs
 
@@ -64,6 +65,8 @@ class Plan:
             if not good:
                 value = getattr(self, what)
                 raise UserError(f"{what} {value!r:.40}: there are {', '.join(names)}")
+        if self.exchange == "ragged" and (why := not_ragged(self.mesh)):
+            raise UserError(f"exchange ragged: {why}; name padded, or leave it out")
 
     @property
     def axes(self) -> Axes:

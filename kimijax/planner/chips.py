@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from kernels_pallas import aot
 from kimijax.errors import UserError
-from kimijax.parallel.cost import DEVICES
+from kimijax.parallel.cost import DEVICES, KINDS
 
 GIB = 2**30
 
@@ -70,9 +70,9 @@ class Pod(NamedTuple):
         return DEVICES[self.name].link * 2 * self.chip.dims / self.chip.devices
 
     @property
-    def ragged(self) -> bool:
-        """Whether libtpu 0.0.52 compiles a ragged all-to-all for it: on v5e up to 16 chips."""
-        return self.name != "v5e" or self.chips <= 16
+    def kind(self) -> str:
+        """The `device_kind` of its devices in jax."""
+        return next(kind for kind, name in KINDS.items() if name == self.name)
 
 
 def pod_of(topology: str) -> Pod:

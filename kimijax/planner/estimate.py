@@ -23,6 +23,7 @@ class Estimate:
     pod: Pod
     mesh: dict[str, int]
     strategy: str
+    exchanges: tuple[str, ...]  # of tokens for experts
     parts: dict[str, float]  # bytes
     flops_per_token: dict[str, float]
     flops: float
@@ -58,7 +59,7 @@ class Estimate:
 
 def plan_for(job: Job, pod: Pod, mesh: dict[str, int], strategy: str | None = None) -> Plan:
     """On the abstract mesh; strategy None: the cheapest by parallel/cost.py."""
-    plan = layout(job, abstract_mesh(mesh))
+    plan = layout(job, abstract_mesh(mesh, pod.kind))
     return replace(plan, strategy=strategy or work.strategy_of(job, plan, pod))
 
 
@@ -67,7 +68,6 @@ def estimate(
 ) -> Estimate:
     """The closed form. UserError: the mesh cannot hold the job, whatever its memory."""
     plan = plan_for(job, pod, mesh, strategy)
-    work.check_exchange(job, plan, pod)
     parts = memory.bytes_per_device(job, plan)
     flops, hbm = work.device_flops(job, plan), work.hbm_bytes(job, plan)
     links = work.link_bytes(job, plan)
@@ -75,6 +75,7 @@ def estimate(
     sending = ring / DEVICES[pod.name].link + (sum(links.values()) - ring) / pod.links
     seconds = (flops / pod.flops, sum(hbm.values()) / pod.bandwidth, sending)
     return Estimate(
-        job, pod, mesh, plan.strategy, parts, work.flops_per_token(job), flops, hbm, links,
+        job, pod, mesh, plan.strategy, work.exchanges(job, plan), parts,
+        work.flops_per_token(job), flops, hbm, links,
         dict(zip(BOUNDS, seconds, strict=True)),
     )

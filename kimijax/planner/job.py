@@ -103,9 +103,14 @@ def layout(job: Job, mesh, strategy: str = "ring") -> Plan:
     return Plan(mesh, order=job.order, strategy=strategy, train=train, remat=train)
 
 
-def abstract_mesh(sizes: dict[str, int]) -> jax.sharding.AbstractMesh:
-    """A mesh of no devices, which says where things lie and compiles nothing."""
-    return jax.sharding.AbstractMesh(tuple(sizes.get(axis, 1) for axis in AXES), AXES)
+def abstract_mesh(sizes: dict[str, int], kind: str | None = None) -> jax.sharding.AbstractMesh:
+    """A mesh of no devices, which says where things lie and compiles nothing.
+
+    kind  the `device_kind` of the TPU that it stands for; None: of any devices
+    """
+    device = None if kind is None else jax.sharding.AbstractDevice(kind, None, "tpu")
+    lengths = tuple(sizes.get(axis, 1) for axis in AXES)
+    return jax.sharding.AbstractMesh(lengths, AXES, abstract_device=device)
 
 
 def shapes(tree, places):

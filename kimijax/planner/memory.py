@@ -37,7 +37,7 @@ from kimijax.config import (
 )
 from kimijax.errors import UserError
 from kimijax.optim import muon
-from kimijax.parallel.exchange import cheaper
+from kimijax.parallel.exchange import choose
 from kimijax.parallel.plan import Plan
 from kimijax.planner import job as jobs
 from kimijax.planner.job import RATE, Job
@@ -236,7 +236,7 @@ def at_experts(job: Job, plan: Plan, moe: MoEConfig, n: int) -> tuple[int, int]:
     ways = plan.mesh.shape["expert"]
     if job.kind == "decode" or ways == 1:
         return n, moe.top_k
-    if (plan.exchange or cheaper(ways, moe.top_k)) == "gather":
+    if (plan.exchange or choose(plan.mesh, moe.top_k)) == "gather":
         return n * ways, moe.top_k
     rounds = max(1, min(ways // moe.top_k, n))
     return ways * -(-n // rounds), min(moe.top_k, moe.experts // ways)

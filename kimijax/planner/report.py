@@ -15,6 +15,7 @@ def as_json(e: Estimate, dollars: float, watts: float) -> dict:
         "batch": e.job.batch, "dtype": e.job.dtype,
         "topology": e.pod.topology, "chips": e.pod.chips,
         "devices_per_chip": e.pod.chip.devices, "mesh": e.mesh, "strategy": e.strategy,
+        "exchange": e.exchanges,
         "closed_form": {
             "bytes_per_chip": round(e.bytes),
             "memory_per_chip": round(e.pod.chip.memory),
@@ -73,10 +74,11 @@ def as_text(e: Estimate, facts: dict) -> str:
     bounds = ", ".join(f"{name} {_seconds(t)}" for name, t in e.seconds.items())
     flops = ", ".join(f"{part} {x:.3g}" for part, x in e.flops_per_token.items() if x)
     links = ", ".join(f"{part} {_size(x)}" for part, x in e.links.items())
+    tokens = f", experts' tokens {' and '.join(e.exchanges)}" if e.exchanges else ""
     what = "to the first token" if e.job.kind == "prefill" else "a step"
     return "\n".join([
         f"{e.job.kind} of {e.job.batch} x {e.job.context:,} tokens on {e.pod.topology} "
-        f"({e.pod.chips} chips), mesh {mesh}, {e.strategy}",
+        f"({e.pod.chips} chips), mesh {mesh}, {e.strategy}{tokens}",
         f"  bytes per {unit}: {_size(e.bytes)} of {_size(e.pod.chip.memory)}: "
         f"{'fits' if e.fits else 'does not fit'}",
         "    " + ", ".join(f"{part} {_size(size)}" for size, part in parts),

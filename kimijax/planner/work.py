@@ -27,7 +27,7 @@ from kimijax.metrics import decode_flops, prefill_flops
 from kimijax.optim.matrices import matrices_of
 from kimijax.optim.muon import STEPS
 from kimijax.parallel.cost import DEVICES, Work, choose, groups, sent
-from kimijax.parallel.exchange import cheaper
+from kimijax.parallel.exchange import choose as choose_exchange
 from kimijax.parallel.plan import Plan
 from kimijax.planner import job as jobs
 from kimijax.planner.chips import Pod
@@ -287,21 +287,18 @@ def _exchanged(job: Job, plan: Plan, moe: MoEConfig, size: float) -> float:
     ways = plan.mesh.shape["expert"]
     if job.kind == "decode":
         return 2.0 * size * (1 - 1 / ways)
-    if cheaper(ways, moe.top_k) == "gather":
-        return 2.0 * (ways - 1) * size
-    return 2.0 * (ways - 1) * (1 - (1 - 1 / ways) ** moe.top_k) * size
+    asked = 1.0  # of the devices, by a token
+    if (plan.exchange or choose_exchange(plan.mesh, moe.top_k)) == "ragged":
+        asked -= (1 - 1 / ways) ** moe.top_k
+    return 2.0 * (ways - 1) * asked * size
 
 
-def check_exchange(job: Job, plan: Plan, pod: Pod) -> None:
-    """UserError: the job exchanges tokens in a way that the pod's compiler does not know."""
-    ways = plan.mesh.shape["expert"]
-    for moe in (layer.ffn for layer in job.cfg.layers if isinstance(layer.ffn, MoEConfig)):
-        if job.kind == "decode" or pod.ragged or cheaper(ways, moe.top_k) == "gather":
-            continue
-        raise UserError(
-            f"expert = {ways} on {pod.topology}: libtpu compiles no ragged all-to-all for v5e "
-            f"beyond 16 chips; choose expert up to {moe.top_k}, where tokens are gathered"
-        )
+def exchanges(job: Job, plan: Plan) -> tuple[str, ...]:
+    """The exchanges of a call's layers: none for a token that every device has."""
+    if job.kind == "decode" or plan.mesh.shape["expert"] == 1:
+        return ()
+    moe = {layer.ffn for layer in job.cfg.layers if isinstance(layer.ffn, MoEConfig)}
+    return tuple(sorted({plan.exchange or choose_exchange(plan.mesh, m.top_k) for m in moe}))
 
 
 def _gathered(job: Job, plan: Plan) -> float:

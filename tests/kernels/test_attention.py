@@ -10,7 +10,7 @@ import pytest
 import kernels_pallas.attention.xla as xla
 from kernels_pallas.attention import Keys, Queries, attention, attention_grads
 from kernels_pallas.partial import merge
-from tests.conftest import assert_close
+from tests.conftest import array, assert_close
 
 FAR = np.iinfo(np.int32).max
 
@@ -20,14 +20,14 @@ def _inputs(rng, *, t=40, s=40, h=4, g=2, rope=True, window=None, order=None, dt
     b = 2
 
     def normal(*shape):
-        return jnp.asarray(rng.normal(size=shape), dtype)
+        return array(rng.normal(size=shape), dtype)
 
     pos = np.tile(np.concatenate([np.arange(s // 2), np.arange(s - s // 2)]), (b, 1))
     seg = np.tile(np.repeat([0, 1], [s // 2, s - s // 2]), (b, 1))
     seg[:, 3], seg[1, :2], pos[0, -2:] = -1, -1, FAR
     since = np.maximum(pos - window + 1, 0) if window else np.zeros_like(pos)
     order = np.arange(s) if order is None else order
-    pos, seg, since = (jnp.asarray(x[:, order], jnp.int32) for x in (pos, seg, since))
+    pos, seg, since = (array(x[:, order], jnp.int32) for x in (pos, seg, since))
     q = Queries(
         normal(b, t, h, 8), normal(b, t, h, 6) if rope else None, pos[:, :t], seg[:, :t],
         since[:, :t],
@@ -56,6 +56,11 @@ def _value_and_grad(impl, tiles):
     )
 
 
+@functools.cache
+def _forward(impl):
+    return jax.jit(functools.partial(attention, scale=0.3, impl=impl))
+
+
 CASES = {
     "grouped with rope": {},
     "window": {"window": 7},
@@ -71,8 +76,8 @@ def test_xla_equals_reference_forward_and_gradient(name, tiles, rng, monkeypatch
     monkeypatch.setattr(xla, "TILE_K", tiles[1])
     q, kv = _inputs(rng, **CASES[name])
     cotangents = (
-        jnp.asarray(rng.normal(size=(2, 40, 4, 5)), jnp.float32),
-        jnp.asarray(rng.normal(size=(2, 40, 4)), jnp.float32),
+        array(rng.normal(size=(2, 40, 4, 5))),
+        array(rng.normal(size=(2, 40, 4))),
     )
     got, want = (
         _value_and_grad(impl, tiles)(_floats(q, kv), q, kv, cotangents) for impl in ("xla", "ref")
@@ -83,13 +88,13 @@ def test_xla_equals_reference_forward_and_gradient(name, tiles, rng, monkeypatch
 def test_bfloat16_is_near_the_float32_reference(rng):
     q, kv = _inputs(rng, dtype=jnp.bfloat16)
     wide = jax.tree.map(lambda x: x.astype(jnp.float32) if x.dtype == jnp.bfloat16 else x, (q, kv))
-    got, want = attention(q, kv, scale=0.3, impl="xla"), attention(*wide, scale=0.3, impl="ref")
+    got, want = _forward("xla")(q, kv), _forward("ref")(*wide)
     assert_close((got.out, got.lse), (want.out, want.lse), jnp.bfloat16)
 
 
 def test_merge_over_disjoint_keys_is_the_whole_forward_and_gradient(rng):
     q, kv = _inputs(rng)
-    cotangent = jnp.asarray(rng.normal(size=(2, 40, 4, 5)), jnp.float32)
+    cotangent = array(rng.normal(size=(2, 40, 4, 5)))
 
     def cut(kv, part):
         return jax.tree.map(lambda x: x[:, part], kv)
@@ -109,8 +114,8 @@ def test_merge_over_disjoint_keys_is_the_whole_forward_and_gradient(rng):
 
 def test_max_logit_is_the_largest_visible_scaled_logit(rng):
     q, kv = _inputs(rng, rope=False)
-    got = attention(q, kv, scale=0.3, impl="xla").max_logit
-    assert_close(got, attention(q, kv, scale=0.3, impl="ref").max_logit)
+    got = np.asarray(_forward("xla")(q, kv).max_logit)
+    assert_close(got, _forward("ref")(q, kv).max_logit)
     assert np.isneginf(got[:, 3]).all()  # padding sees nothing
 
 
@@ -131,16 +136,19 @@ def test_gradients_of_sets_of_keys_sum_to_that_of_all(rope, impl, tiles, rng, mo
     monkeypatch.setattr(xla, "TILE_Q", tiles)
     monkeypatch.setattr(xla, "TILE_K", tiles)
     q, kv = _inputs(rng, rope=rope)
-    cotangents = [jnp.asarray(rng.normal(size=s), jnp.float32) for s in ((2, 40, 4, 5), (2, 40, 4))]
-    want, p = jax.grad(_loss, has_aux=True)(_floats(q, kv), q, kv, "ref", cotangents)
+    cotangents = [array(rng.normal(size=s)) for s in ((2, 40, 4, 5), (2, 40, 4))]
+    # Of the same shapes as in the test of one tile.
+    (_, p), want = _value_and_grad("ref", (512, 1024))(_floats(q, kv), q, kv, cotangents)
     d_lse = jnp.where(jnp.isneginf(p.lse), 0.0, cotangents[1])
     delta = jnp.sum(p.out * cotangents[0], -1) - d_lse
 
-    def part(cut):
-        keys = jax.tree.map(lambda x: x[:, cut], kv)
-        return attention_grads(q, keys, p.lse, cotangents[0], delta, scale=0.3, impl=impl)
+    @jax.jit
+    def parts(q, kv, *rest):
+        cut = lambda at: jax.tree.map(lambda x: x[:, at], kv)  # noqa: E731
+        keys = cut(slice(0, 18)), cut(slice(18, 40))
+        return [attention_grads(q, k, *rest, scale=0.3, impl=impl) for k in keys]
 
-    a, b = part(slice(0, 18)), part(slice(18, 40))
+    a, b = parts(q, kv, p.lse, cotangents[0], delta)
     queries = jax.tree.map(jnp.add, a[0], b[0])
     keys = jax.tree.map(lambda x, y: jnp.concatenate([x, y], 1), a[1], b[1])
     assert_close((*queries, keys.key, keys.value, keys.rope), want)

@@ -10,7 +10,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from kernels_pallas.attention import attention, bounds, ref, tile, tpu, tpu_bwd
 from kernels_pallas.attention.vjp import at_once
-from tests.conftest import assert_close
+from tests.conftest import array, assert_close
 from tests.kernels.test_attention import _floats, _inputs, _loss
 
 SHUFFLED = np.random.default_rng(1).permutation(600)
@@ -39,7 +39,7 @@ def small_blocks(monkeypatch):
 def test_kernels_equal_the_reference_forward_and_gradient(name, rng, small_blocks):
     q, kv = _inputs(rng, **{"t": 600, "s": 600, **CASES[name]})
     t = q.pos.shape[1]
-    cotangents = [jnp.asarray(rng.normal(size=s), jnp.float32) for s in ((2, t, 4, 5), (2, t, 4))]
+    cotangents = [array(rng.normal(size=s)) for s in ((2, t, 4, 5), (2, t, 4))]
     got, want = (
         jax.jit(jax.value_and_grad(functools.partial(_loss, impl=impl, cotangents=cotangents),
                                    has_aux=True))(_floats(q, kv), q, kv)
@@ -52,7 +52,7 @@ def test_bfloat16_is_near_the_float32_reference(rng, small_blocks):
     q, kv = _inputs(rng, t=600, s=600, dtype=jnp.bfloat16)
     wide = jax.tree.map(lambda x: x.astype(jnp.float32) if x.dtype == jnp.bfloat16 else x, (q, kv))
     cotangents = [
-        jnp.asarray(rng.normal(size=s), jnp.float32) for s in ((2, 600, 4, 5), (2, 600, 4))
+        array(rng.normal(size=s)) for s in ((2, 600, 4, 5), (2, 600, 4))
     ]
 
     def run(impl, q, kv):
@@ -108,10 +108,10 @@ def test_transfers_of_the_backward_have_no_race(rng, small_blocks, execution):
     from jax._src.pallas.mosaic.interpret import interpret_pallas_call as simulator
 
     q, kv = _inputs(rng, t=300, s=600, h=2, g=1)
-    p = ref.attention(q, kv, scale=0.3)
-    d_out = jnp.asarray(rng.normal(size=p.out.shape), jnp.float32)
+    p = jax.jit(functools.partial(ref.attention, scale=0.3))(q, kv)
+    d_out = array(rng.normal(size=p.out.shape))
     rest = (q, kv, p.lse, d_out, jnp.sum(p.out * d_out, -1))
     params = pltpu.InterpretParams(detect_races=True, dma_execution_mode=execution)
     got = jax.jit(functools.partial(at_once(tpu_bwd.backward(params)), scale=0.3))(*rest)
-    assert_close(got, ref.attention_grads(*rest, scale=0.3))
+    assert_close(got, jax.jit(functools.partial(ref.attention_grads, scale=0.3))(*rest))
     assert not simulator.races.races_found

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import pytest
 
 from kernels_pallas.grouped_matmul import Fp8, Int4, Int8, grouped_matmul
-from tests.conftest import assert_close
+from tests.conftest import array, assert_close
 
 SIZES = {
     "uneven, an empty one, rows behind": (300, 0, 37, 200),
@@ -16,17 +16,17 @@ SIZES = {
 
 def held(rng, form: str, *lead: int, k: int, n: int):
     """Matrices k n in a form; packed ones of any bits that are numbers."""
-    draw = lambda *shape: jnp.asarray(rng.uniform(0.5, 1.5, (*lead, *shape)), jnp.float32)  # noqa: E731
+    draw = lambda *shape: array(rng.uniform(0.5, 1.5, (*lead, *shape)))  # noqa: E731
     match form:
         case "int8":
-            return Int8(jnp.asarray(rng.integers(-128, 128, (*lead, n, k)), jnp.int8), draw(n))
+            return Int8(array(rng.integers(-128, 128, (*lead, n, k)), jnp.int8), draw(n))
         case "int4":
             words = rng.integers(-(2**31), 2**31, (*lead, n, k // 8))
-            return Int4(jnp.asarray(words, jnp.int32), draw(n, k // 32).astype(jnp.bfloat16))
+            return Int4(array(words, jnp.int32), draw(n, k // 32).astype(jnp.bfloat16))
         case "fp8":
             codes = rng.integers(0, 127, (*lead, n, k)) + 128 * rng.integers(0, 2, (*lead, n, k))
-            return Fp8(jnp.asarray(codes, jnp.uint8), draw(-(-n // 128), -(-k // 128)))
-    return jnp.asarray(rng.normal(size=(*lead, k, n)), form)
+            return Fp8(array(codes, jnp.uint8), draw(-(-n // 128), -(-k // 128)))
+    return array(rng.normal(size=(*lead, k, n)), form)
 
 
 def value_and_grads(x, weights, sizes, cotangent, impl, layer=None):
@@ -45,8 +45,8 @@ def value_and_grads(x, weights, sizes, cotangent, impl, layer=None):
 def compare(rng, sizes, form, dtype=jnp.float32, *, m, k, n, impl, layer=None):
     lead = (2, len(sizes)) if layer is not None else (len(sizes),)
     weights = held(rng, form, *lead, k=k, n=n)
-    x, cotangent = (jnp.asarray(rng.normal(size=(m, d)), dtype) for d in (k, n))
-    args = x, weights, jnp.asarray(sizes, jnp.int32), cotangent
+    x, cotangent = (array(rng.normal(size=(m, d)), dtype) for d in (k, n))
+    args = x, weights, array(sizes, jnp.int32), cotangent
     layer = None if layer is None else jnp.int32(layer)
     got, want = (value_and_grads(*args, i, layer) for i in (impl, "ref"))
     assert jax.tree.map(lambda a: a.dtype, got) == jax.tree.map(lambda a: a.dtype, want)

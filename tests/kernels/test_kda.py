@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from kernels_pallas.kda import kda
-from tests.conftest import assert_close
+from tests.conftest import array, assert_close
 
 GOLDEN = pathlib.Path(__file__).parents[1] / "goldens" / "kda.npz"
 IMPLS = ("xla", "ref")
@@ -38,7 +38,7 @@ def _inputs(rng, t, *, b=2, h=2, k=8, v=6, strength=1.0, starts=()):
         rng.uniform(size=(b, t, h)),
         rng.normal(size=(b, h, k, v)),
     )
-    return *(jnp.asarray(x, jnp.float32) for x in floats), jnp.asarray(start)
+    return *(array(x) for x in floats), jnp.asarray(start)
 
 
 @functools.cache
@@ -73,7 +73,7 @@ def test_xla_equals_reference_forward_and_gradient(t, strength, starts, rng):
         assert floats[3][:, :64].sum(1).min() < -500
     b, _, h, k = floats[0].shape
     shapes = (floats[2].shape, floats[5].shape)
-    cotangents = tuple(jnp.asarray(rng.normal(size=s), jnp.float32) for s in shapes)
+    cotangents = tuple(array(rng.normal(size=s)) for s in shapes)
     got, want = (_value_and_grads(impl)(floats, start, cotangents) for impl in IMPLS)
     assert_close(got, want)
 

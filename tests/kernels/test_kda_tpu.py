@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from kernels_pallas.kda import kda
-from tests.conftest import assert_close
+from tests.conftest import array, assert_close
 from tests.kernels.test_kda import STARTS, _inputs, _value_and_grads
 
 INTERPRETED = "pallas_interpret"
@@ -20,7 +20,7 @@ def run(impl):
 
 
 def _cotangents(rng, floats):
-    return tuple(jnp.asarray(rng.normal(size=floats[i].shape), jnp.float32) for i in (2, 5))
+    return tuple(array(rng.normal(size=floats[i].shape)) for i in (2, 5))
 
 
 @pytest.mark.parametrize("t, h, strength, starts", [

@@ -18,7 +18,7 @@ from kernels_pallas.latent import (
     tpu,
     tpu_bwd,
 )
-from tests.conftest import assert_close
+from tests.conftest import array, assert_close
 from tests.kernels.test_attention import _inputs
 
 CASES = {
@@ -43,7 +43,7 @@ def _latents(rng, dtype=jnp.float32, **case):
     """Queries, latents and weights."""
     case = {"h": 4, **case}
     q, kv = _inputs(rng, g=case["h"], dtype=dtype, **case)
-    normal = lambda *shape: jnp.asarray(0.3 * rng.normal(size=shape), dtype)  # noqa: E731
+    normal = lambda *shape: array(0.3 * rng.normal(size=shape), dtype)  # noqa: E731
     latents = Latents(normal(*kv.pos.shape, 12) / 0.3, kv.rope, kv.pos, kv.seg)
     return q, latents, (normal(12, case["h"], 8), normal(12, case["h"], 5))
 
@@ -59,7 +59,7 @@ def _loss(floats, q, kv, impl, cotangents):
 def _value_and_grad(inputs, impl, rng):
     q, kv, up = inputs
     b, t, h = q.nope.shape[:3]
-    cotangents = [jnp.asarray(rng.normal(size=s), jnp.float32) for s in ((b, t, h, 5), (b, t, h))]
+    cotangents = [array(rng.normal(size=s)) for s in ((b, t, h, 5), (b, t, h))]
     floats = (q.nope, q.rope), (kv.latent, kv.k_rope), up
     return jax.jit(jax.value_and_grad(
         functools.partial(_loss, impl=impl, cotangents=cotangents), has_aux=True
@@ -91,12 +91,12 @@ def test_transfers_of_the_backward_have_no_race(rng, small_blocks, execution):
     from jax._src.pallas.mosaic.interpret import interpret_pallas_call as simulator
 
     q, kv, up = _latents(rng, t=300, s=300, h=2)
-    p = ref.forward(q, kv, up, scale=0.3)
-    d_out = jnp.asarray(rng.normal(size=p.out.shape), jnp.float32)
+    p = jax.jit(functools.partial(ref.forward, scale=0.3))(q, kv, up)
+    d_out = array(rng.normal(size=p.out.shape))
     rest = (q, kv, up, p.lse, d_out, jnp.sum(p.out * d_out, -1))
     params = pltpu.InterpretParams(detect_races=True, dma_execution_mode=execution)
     got = jax.jit(functools.partial(at_once(tpu_bwd.backward(params)), scale=0.3))(*rest)
-    assert_close(got, ref.grads(*rest, scale=0.3))
+    assert_close(got, jax.jit(functools.partial(ref.grads, scale=0.3))(*rest))
     assert not simulator.races.races_found
 
 

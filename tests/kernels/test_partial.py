@@ -5,12 +5,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from kernels_pallas.partial import Partial, empty, merge, sink
-from tests.conftest import assert_close
+from tests.conftest import array, assert_close
 
 
 def _partials(rng, n=3):
     shapes = (4, 2, 8), (4, 2), (4, 2)
-    return [Partial(*(jnp.asarray(rng.normal(size=s), jnp.float32) for s in shapes))
+    return [Partial(*(array(rng.normal(size=s)) for s in shapes))
             for _ in range(n)]
 
 

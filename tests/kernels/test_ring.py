@@ -18,7 +18,7 @@ from kernels_pallas.attention import Queries, tile
 from kernels_pallas.latent import Latents, ref
 from kernels_pallas.partial import Partial
 from kernels_pallas.ring import hops, ring_attention, ring_attention_grads, tpu, tpu_bwd
-from tests.conftest import assert_close
+from tests.conftest import array, assert_close
 
 SCALE, LOCAL, WHOLE = 0.3, P(None, "ring"), P()
 SHARE = 128  # tokens of a device where they are one block
@@ -37,13 +37,13 @@ def small_blocks(monkeypatch):
 def _inputs(tokens, heads, packed, rows, dtype):
     """Queries, latents and weights; packed: two documents and some padding."""
     rng = np.random.default_rng(0)
-    normal = lambda *shape: jnp.asarray(rng.normal(size=shape), dtype)  # noqa: E731
+    normal = lambda *shape: array(rng.normal(size=shape), dtype)  # noqa: E731
     at = np.arange(tokens)
     starts = np.array([0, tokens * 3 // 8]) if packed else np.array([0])
     seg = np.searchsorted(starts, at, side="right") - 1
     pos = at - starts[seg]
     seg = np.where(at < tokens - 9, seg, -1) if packed else seg
-    pos, seg = (jnp.asarray(np.stack([x] * rows), jnp.int32) for x in (pos, seg))
+    pos, seg = (array(np.stack([x] * rows), jnp.int32) for x in (pos, seg))
     of_q, of_k = (rows, tokens, heads), (rows, tokens)
     q = Queries(normal(*of_q, 8), normal(*of_q, 4), pos, seg, 0 * pos)
     kv = Latents(normal(*of_k, 12), normal(*of_k, 4), pos, seg)
@@ -57,10 +57,10 @@ def _want(dtype, *case):
     wide = jax.tree.map(
         lambda x: x.astype(jnp.float32) if x.dtype == jnp.bfloat16 else x, inputs
     )
-    p = ref.forward(*wide, scale=SCALE)
-    d_out = jnp.asarray(np.random.default_rng(2).normal(size=p.out.shape), jnp.float32)
+    p = jax.jit(functools.partial(ref.forward, scale=SCALE))(*wide)
+    d_out = array(np.random.default_rng(2).normal(size=p.out.shape))
     rows = (p.lse, d_out, jnp.sum(p.out * d_out, -1))
-    return inputs, p, rows, ref.grads(*wide, *rows, scale=SCALE)
+    return inputs, p, rows, jax.jit(functools.partial(ref.grads, scale=SCALE))(*wide, *rows)
 
 
 def _on_ring(ways, f, args, specs, out):

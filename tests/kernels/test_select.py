@@ -10,25 +10,25 @@ import kernels_pallas.select.xla as select_xla
 from kernels_pallas.attention import Keys, Queries, attention
 from kernels_pallas.indexer import top_blocks
 from kernels_pallas.select import select
-from tests.conftest import assert_close
+from tests.conftest import array, assert_close
 
 FAR = np.iinfo(np.int32).max
 
 
 def _chosen(rng, b=2, m=5, t=3, h=2, r=8, c=6, j=4, k=3):
-    q = jnp.asarray(rng.normal(size=(b, m, t, h, r)), jnp.float32)
-    blocks = jnp.asarray(rng.normal(size=(2, b, c, j, r)), jnp.float32)
+    q = array(rng.normal(size=(b, m, t, h, r)))
+    blocks = array(rng.normal(size=(2, b, c, j, r)))
     ids = np.stack([[rng.permutation(c)[:k] for _ in range(m)] for _ in range(b)])
     ids[0, 0], ids[1, 2, 1:] = -1, -1  # an empty row, and fewer blocks than k
-    return q, blocks, jnp.asarray(ids, jnp.int32)
+    return q, blocks, array(ids, jnp.int32)
 
 
 @pytest.mark.parametrize("piece", [128, 2], ids=["at once", "in pieces"])
 def test_select_equals_reference_forward_and_gradient(piece, rng, monkeypatch):
     monkeypatch.setattr(select_xla, "PIECE", piece)
     q, blocks, ids = _chosen(rng)
-    d_out = jnp.asarray(rng.normal(size=q.shape), jnp.float32)
-    d_lse = jnp.asarray(rng.normal(size=q.shape[:-1]), jnp.float32)
+    d_out = array(rng.normal(size=q.shape))
+    d_lse = array(rng.normal(size=q.shape[:-1]))
 
     def loss(q, blocks, impl):
         p = select(q, blocks, jnp.int32(1), ids, scale=0.4, impl=impl)
@@ -61,14 +61,14 @@ def test_all_blocks_chosen_is_attention_to_all_of_them(rng):
 
 
 def _index(rng, c, m=7, i=4, g=2, b=2):
-    q = jnp.asarray(rng.normal(size=(b, m, i)), jnp.float32)
-    keys = jnp.asarray(rng.normal(size=(2, b, c, g, i)), jnp.float32)
+    q = array(rng.normal(size=(b, m, i)))
+    keys = array(rng.normal(size=(2, b, c, g, i)))
     pos = np.tile(np.arange(c) * 4, (b, 1))
     seg = np.tile((np.arange(c) >= c // 3).astype(np.int32), (b, 1))
     pos[0, -3:] = FAR
     before = rng.integers(0, 4 * c, (b, m))
     q_seg = rng.integers(-1, 2, (b, m))
-    return q, keys, jnp.int32(1), *(jnp.asarray(x, jnp.int32) for x in (pos, seg, before, q_seg))
+    return q, keys, jnp.int32(1), *(array(x, jnp.int32) for x in (pos, seg, before, q_seg))
 
 
 @pytest.mark.parametrize("tile, lane", [(64, 8), (24, 8), (8192, 64)])

@@ -9,17 +9,17 @@ import pytest
 from jax.experimental.pallas import tpu as pltpu
 
 from kernels_pallas.select import ref, select, tpu, tpu_bwd
-from tests.conftest import assert_close
+from tests.conftest import array, assert_close
 
 
 def _inputs(rng, dtype=jnp.float32, b=1, m=4, t=40, h=7, r=16, c=12, j=8, k=7):
     """A tile that chose nothing, one that chose less than k; ids in any order."""
-    q = jnp.asarray(rng.normal(size=(b, m, t, h, r)), dtype)
-    blocks = jnp.asarray(rng.normal(size=(2, b, c, j, r)), dtype)
+    q = array(rng.normal(size=(b, m, t, h, r)), dtype)
+    blocks = array(rng.normal(size=(2, b, c, j, r)), dtype)
     ids = np.stack([[rng.permutation(c)[:k] for _ in range(m)] for _ in range(b)])
     ids[0, 0], ids[-1, -1, 1::2] = -1, -1
-    cotangents = [jnp.asarray(rng.normal(size=s), jnp.float32) for s in (q.shape, q.shape[:-1])]
-    return q, blocks, jnp.asarray(ids, jnp.int32), cotangents
+    cotangents = [array(rng.normal(size=s)) for s in (q.shape, q.shape[:-1])]
+    return q, blocks, array(ids, jnp.int32), cotangents
 
 
 def _loss(floats, ids, cotangents, impl):

@@ -32,7 +32,7 @@ WAYS = {  # mesh and fields of the Plan
     "ring striped": ({"seq": 8}, {"order": "striped"}),
     "all-gather": ({"seq": 8}, {"strategy": "gather"}),
     "Ulysses": ({"seq": 8}, {"strategy": "ulysses"}),
-    "hybrid": ({"seq": 4, "expert": 2}, {"strategy": "hybrid", "exchange": "ragged"}),
+    "hybrid": ({"seq": 4, "expert": 2}, {"strategy": "hybrid", "exchange": "padded"}),
     "mixed mesh": ({"data": 2, "seq": 2, "expert": 2}, {"order": "zigzag"}),
 }
 CACHED = ("ring", "mixed mesh")  # ways that differ where a cache is read

@@ -15,20 +15,20 @@ from kimijax.parallel.axes import Axes
 from kimijax.parallel.mesh import make_mesh
 from kimijax.parallel.plan import Plan
 from kimijax.parallel.sources import HEADS, LATENTS
-from tests.conftest import assert_close
+from tests.conftest import array, assert_close
 
 ROWS, TOKENS, H, SCALE = 2, 64, 8, 0.3
 
 
 def _floats(*shapes):
     rng = np.random.default_rng(0)
-    return [jnp.asarray(rng.normal(size=s), jnp.float32) for s in shapes]
+    return [array(rng.normal(size=s)) for s in shapes]
 
 
 def _inputs(source):
     """(queries, what travels, weights) of two documents a row, every token at a random place."""
     place = np.random.default_rng(1).permutation(TOKENS)
-    pos = jnp.asarray(np.broadcast_to(place, (ROWS, TOKENS)), jnp.int32)
+    pos = array(np.broadcast_to(place, (ROWS, TOKENS)), jnp.int32)
     seg = (pos >= 40).astype(jnp.int32)
     pos = pos - 40 * seg
     lead = (ROWS, TOKENS)

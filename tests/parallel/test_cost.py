@@ -13,6 +13,7 @@ from kimijax.ops.attend import Latents
 from kimijax.parallel.cost import DEVICES, Rates, Work, choose, explain, rates_of, seconds, sent
 from kimijax.parallel.mesh import make_mesh
 from kimijax.parallel.plan import Plan
+from tests.conftest import array
 
 K2 = Work(tokens=65_536, ways=8, heads=64, key=128, rope=64, value=128, latent=512)
 
@@ -109,7 +110,7 @@ def test_a_device_that_is_not_in_the_table_is_named():
 @pytest.mark.parametrize("ways, chosen", [(1, "ring"), (8, "hybrid:2")])
 def test_a_plan_chooses_and_says_so_once(ways, chosen, caplog, rng):
     """Two heads, eight devices: pairs share them."""
-    shape = lambda *s: jnp.asarray(rng.normal(size=s), jnp.float32)  # noqa: E731
+    shape = lambda *s: array(rng.normal(size=s))  # noqa: E731
     pos = jnp.arange(16, dtype=jnp.int32)[None]
     same = jnp.zeros_like(pos)
     q = Queries(shape(1, 16, 2, 64), shape(1, 16, 2, 4), pos, same, same)

@@ -17,7 +17,7 @@ from kimijax.parallel.mesh import make_mesh
 from kimijax.parallel.order import make_order
 from kimijax.parallel.plan import Plan
 from kimijax.parallel.sources import HEADS, LATENTS
-from tests.conftest import assert_close
+from tests.conftest import array, assert_close
 
 TOKENS, H, SCALE = 64, 2, 0.3
 LOCAL = functools.partial(attend, scale=SCALE, impl="xla", form="expanded")
@@ -27,8 +27,8 @@ def _inputs(order: str, rope: bool = True):
     """(queries, latents, weights): two documents in one row, in an order of four devices."""
     places = make_order(order, TOKENS, 4, 1, 0).places
     rng = np.random.default_rng(0)
-    normal = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.float32)  # noqa: E731
-    pos = jnp.asarray(places[None], jnp.int32)
+    normal = lambda *shape: array(rng.normal(size=shape))  # noqa: E731
+    pos = array(places[None], jnp.int32)
     seg = (pos >= 40).astype(jnp.int32)
     pos = pos - 40 * seg
     q_rope, k_rope = (normal(1, TOKENS, H, 4), normal(1, TOKENS, 4)) if rope else (None, None)

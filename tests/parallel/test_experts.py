@@ -1,6 +1,7 @@
 """Experts over devices say what they say on one, whatever the routing, forward and gradient."""
 
 import functools
+import logging
 import re
 
 import jax
@@ -11,10 +12,12 @@ import pytest
 from kernels_pallas.grouped_matmul import Int4
 from kimijax.errors import UserError
 from kimijax.ops.moe import tiled_experts
-from kimijax.parallel.exchange import cheaper
+from kimijax.parallel.exchange import choose, chosen
 from kimijax.parallel.mesh import make_mesh
 from kimijax.parallel.plan import Plan
-from tests.conftest import assert_close
+from kimijax.planner.chips import pod_of
+from kimijax.planner.job import abstract_mesh
+from tests.conftest import array, assert_close
 
 ROWS, TOKENS, WIDTH, FFN, EXPERTS = 2, 32, 8, 16, 16
 
@@ -24,13 +27,13 @@ def choices(routing: str, k: int) -> jax.Array:
     rng = np.random.default_rng(1)
     among = {"even": EXPERTS, "all to one device": EXPERTS // 8}[routing]
     ids = np.stack([rng.permutation(among)[:k] for _ in range(ROWS * TOKENS)])
-    return jnp.asarray(ids, jnp.int32).reshape(ROWS, TOKENS, k)
+    return array(ids, jnp.int32).reshape(ROWS, TOKENS, k)
 
 
 def value_and_grads(compute, ids):
     """The output, and the gradient of tokens, weights of choices and experts."""
     rng = np.random.default_rng(0)
-    draw = lambda *s: jnp.asarray(rng.normal(size=s), jnp.float32)  # noqa: E731
+    draw = lambda *s: array(rng.normal(size=s))  # noqa: E731
     matrices = draw(EXPERTS, WIDTH, FFN), draw(EXPERTS, WIDTH, FFN), draw(EXPERTS, FFN, WIDTH)
     x, weight, cotangent = draw(ROWS, TOKENS, WIDTH), draw(*ids.shape), draw(ROWS, TOKENS, WIDTH)
 
@@ -47,7 +50,7 @@ def want(routing: str, k: int):
     return value_and_grads(tiled_experts, choices(routing, k))
 
 
-@pytest.mark.parametrize("exchange", ["gather", "ragged"])
+@pytest.mark.parametrize("exchange", ["gather", "padded"])
 @pytest.mark.parametrize("mesh, routing, k", [
     ({"expert": 8}, "even", 2),  # in four rounds
     ({"expert": 8}, "all to one device", 2),
@@ -85,11 +88,11 @@ def test_matrices_travel_as_they_are_multiplied_and_gradients_are_summed_in_floa
 def test_rounds_need_not_divide_the_tokens():
     ids = choices("even", 2)[:, :24]  # 6 tokens a device, four rounds of 2
     rng = np.random.default_rng(0)
-    x, weight, *matrices = (jnp.asarray(rng.normal(size=s), jnp.float32) for s in (
+    x, weight, *matrices = (array(rng.normal(size=s)) for s in (
         (ROWS, 24, WIDTH), ids.shape, (EXPERTS, WIDTH, FFN), (EXPERTS, WIDTH, FFN),
         (EXPERTS, FFN, WIDTH),
     ))
-    compute = Plan(make_mesh({"expert": 8}), exchange="ragged").ops().experts
+    compute = Plan(make_mesh({"expert": 8}), exchange="padded").ops().experts
     got = jax.jit(compute)(x, ids, weight, *matrices)
     assert_close(got, tiled_experts(x, ids, weight, *matrices))
 
@@ -105,14 +108,33 @@ def test_experts_kept_in_four_bits(tokens):
 
     matrices = draw(FFN, WIDTH), draw(FFN, WIDTH), draw(WIDTH, FFN)
     ids = choices("even", 2)[:, :tokens]
-    x, weight = (jnp.asarray(rng.normal(size=s), jnp.float32)
+    x, weight = (array(rng.normal(size=s))
                  for s in ((ROWS, tokens, WIDTH), ids.shape))
     compute = Plan(make_mesh({"seq": 2, "expert": 4})).ops().experts
     got = jax.jit(compute)(x, ids, weight, *matrices)
     assert_close(got, tiled_experts(x, ids, weight, *matrices))
 
 
-def test_the_longer_axis_exchanges_what_was_asked_for():
-    assert [cheaper(ways, 8) for ways in (2, 8, 16, 64)] == ["gather"] * 2 + ["ragged"] * 2
-    with pytest.raises(UserError, match="exchange 'post': there are gather, ragged"):
-        Plan(make_mesh({"expert": 8}), exchange="post")
+@pytest.mark.parametrize("topology, seq, long", [
+    ("v5p:4x4x4", 4, "ragged"), ("v5e:4x4", 1, "ragged"), ("v5e:4x8", 2, "padded"),
+    ("v5e:8x8", 4, "padded"), ("v6e:8x8", 4, "ragged"),
+])
+def test_the_longer_axis_exchanges_what_was_asked_for(topology, seq, long):
+    """By what libtpu compiles for the devices (test_planner_aot asks it)."""
+    kind = pod_of(topology).kind
+    of = lambda ways: choose(abstract_mesh({"seq": seq * 16 // ways, "expert": ways}, kind), 8)  # noqa: E731
+    assert [of(ways) for ways in (2, 8, 16)] == ["gather", "gather", long]
+
+
+def test_an_exchange_that_devices_do_not_have_is_refused(caplog):
+    mesh = make_mesh({"expert": 8})
+    with pytest.raises(UserError, match="exchange 'post': there are gather, ragged, padded"):
+        Plan(mesh, exchange="post")
+    with pytest.raises(UserError, match="exchange ragged: XLA has no ragged all-to-all for CPUs"):
+        Plan(mesh, exchange="ragged")
+    with caplog.at_level(logging.INFO):
+        chosen.cache_clear()
+        assert [chosen(mesh, k) for k in (2, 2, 8)] == ["padded", "padded", "gather"]
+    assert [r.getMessage() for r in caplog.records] == [
+        "2 choices of a token, expert = 8: padded (XLA has no ragged all-to-all for CPUs)"
+    ]

@@ -62,7 +62,7 @@ def test_greedy_tokens_are_those_of_one_device(name, rows, mesh, kimijax, tmp_pa
 
 @pytest.mark.parametrize("form, mesh", [
     ("int4", "data=2,seq=2,expert=2"),
-    ("fp8", "expert=6"),  # more than the 4 choices of a token: a ragged exchange
+    ("fp8", "expert=6"),  # more than the 4 choices of a token: each goes to some
 ])
 def test_weights_kept_quantised_are_dealt_out(form, mesh, kimijax, tmp_path):
     source, ids = quantised(tmp_path / "hub", form), answers(K2)["input_ids"][:1, :48]
