@@ -42,6 +42,8 @@ def write(
     name: str, stack: jax.Array, layer: jax.Array, at: jax.Array, x: jax.Array
 ) -> jax.Array:
     """The stack with rows x at the places; those outside are dropped."""
+    if stack.dtype == jnp.int8 and x.dtype != jnp.int8:
+        raise ValueError(f"{name}: numbers of {x.dtype} into int8; Memory.kept rounds them")
     x, row = x.astype(stack.dtype), jnp.arange(at.shape[0])[:, None]
     if name not in PAIRED:
         return stack.at[layer, row, at].set(x, mode="drop")

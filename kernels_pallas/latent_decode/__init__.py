@@ -10,7 +10,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from kernels_pallas import limits
+from kernels_pallas import int8, limits
 from kernels_pallas.attention import Queries
 from kernels_pallas.latent_decode import ref, tpu, xla
 from kernels_pallas.latent_decode.ref import unpair as unpair
@@ -69,7 +69,6 @@ def latent_decode(
         raise ValueError(f"latent_decode: pages of {j} tokens, want a multiple of {2 * HALF}")
     if (q.rope is None) != (pages.rope is None):
         raise ValueError("latent_decode: queries and pages both have a rotary part, or neither")
-    if (pages.scale is None) != (pages.latent.dtype != jnp.int8):
-        raise ValueError("latent_decode: int8 latents have a scale, others have none")
+    int8.check("latent_decode", pages.latent, pages.scale)
     limits.check("latent_decode", impl, tpu.unsupported, q, pages, table)
     return IMPLS[impl](q, pages, layer, table, scale=scale)

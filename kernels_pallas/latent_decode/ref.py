@@ -7,6 +7,7 @@ import jax.numpy as jnp
 
 from kernels_pallas.attention import Keys
 from kernels_pallas.attention import ref as attention
+from kernels_pallas.int8 import widen
 from kernels_pallas.partial import Partial
 
 
@@ -26,10 +27,8 @@ def places(pages, page) -> Places:
 def keys_of(pages, layer, page, dtype) -> Keys:
     """One page as keys of one head, which every query head reads; without rows."""
     at = jnp.maximum(page, 0)
-    latent = pages.latent[layer, at]
-    if pages.scale is not None:
-        latent = latent.astype(jnp.float32) * pages.scale[layer, at][:, None]
-    latent = latent.astype(dtype)[:, None]
+    scale = None if pages.scale is None else pages.scale[layer, at]
+    latent = widen(pages.latent[layer, at], scale, dtype)[:, None]
     rope = None if pages.rope is None else unpair(pages.rope[layer, at]).astype(dtype)
     return Keys(latent, latent, rope, *places(pages, page))
 

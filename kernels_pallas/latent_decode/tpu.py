@@ -44,6 +44,7 @@ from kernels_pallas.attention.tile import (
     pad,
     up,
 )
+from kernels_pallas.int8 import widen_in_kernel
 from kernels_pallas.partial import Partial, merge
 
 PARTS = 2
@@ -144,10 +145,7 @@ def _kernel(known: Known, x: Inputs, out: Partial, state: State, lanes: int, pag
         rows = pl.ds(at, SUB)
         latent = x.latent[rows]
         if x.scale is not None:
-            wide = jnp.broadcast_to(x.scale[:, rows], (LANE, SUB)).T
-            wide = jnp.concatenate([wide] * (-(-latent.shape[1] // LANE)), 1)
-            latent = latent.astype(jnp.float32) * wide[:, : latent.shape[1]]
-            latent = latent.astype(x.q[0].dtype)
+            latent = widen_in_kernel(latent, x.scale[:, rows], x.q[0].dtype)
         if x.rope is None:
             return latent, None, latent
         both = x.rope[pl.ds(at // (2 * SUB) * SUB, SUB)]

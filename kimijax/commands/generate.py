@@ -9,7 +9,7 @@ With --mesh the prompt and its cache lie on several devices.
 
 import argparse
 
-from kimijax.commands.checkpoint import DTYPES, add_weights, load_checkpoint
+from kimijax.commands.checkpoint import DTYPES, add_cache, add_weights, load_checkpoint
 from kimijax.commands.mesh import add_impl, add_mesh, ops_of, plan_of
 from kimijax.commands.paths import path
 from kimijax.commands.processes import job_of
@@ -40,6 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--stop", action="append", default=[], metavar="TEXT", help="end before this; repeatable")
     add("--stop_ids", type=_ids, default=(), metavar="ID[,ID...]", help="end at these tokens")
     add("--dtype", choices=DTYPES, default="float32", help="of weights and activations")
+    add_cache(parser)
     add_weights(parser)
     add_mesh(parser)
     add_impl(parser)
@@ -137,8 +138,12 @@ def _programs(args: argparse.Namespace, loaded, plan):
     import jax.numpy as jnp
 
     from kimijax.generate import decoder
+    from kimijax.ops.attend import check_kernels, usual_impl
 
-    return decoder(loaded.cfg, ops_of(args, plan), jnp.dtype(args.dtype)), loaded.params
+    if args.cache:
+        check_kernels(loaded.cfg, args.cache, args.impl or usual_impl())
+    dtype = jnp.dtype(args.dtype)
+    return decoder(loaded.cfg, ops_of(args, plan), dtype, args.cache), loaded.params
 
 
 def _encoded(args: argparse.Namespace, tokenizer):
