@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-from kernels_pallas.int8 import narrow, widen
+from kernels_pallas.int8 import WORD, narrow, widen
 from kimijax.config import (
     CompressedConfig,
     KDAConfig,
@@ -23,7 +23,7 @@ from kimijax.config import (
     WindowConfig,
 )
 from kimijax.errors import UserError
-from kimijax.rows import PAGE, PAIRED, ROWS, Rows, write
+from kimijax.rows import LINE, PAGE, PAIRED, ROWS, SCALARS, SCALED_PAGE, Rows, write
 
 FAR = jnp.iinfo(jnp.int32).max
 LEAST_STRIPE = 64  # slots that lie together where a row is dealt over devices
@@ -138,7 +138,7 @@ class Memory(NamedTuple):
     def window(self, name: str, start: jax.Array, length: int) -> jax.Array:
         """Token rows [start, start + length) of a large state of this layer: b length ..."""
         stack = self.state[name]
-        if self.cache.ways > 1 or name in PAIRED:
+        if self.cache.ways > 1 or name in (*PAIRED, *SCALARS):
             at = self.cache.index(start[:, None] + jnp.arange(length))
             return self.rows.read(name, stack, self.repeat, at)
 
@@ -227,7 +227,8 @@ def empty_cache(
     run = run_length(cfg)
     stripe = -(-LEAST_STRIPE // run) * run
     lead = -(-lead_slots(cfg) // run) * run
-    unit = math.lcm(PAGE, run if ways == 1 else stripe) * ways
+    page = PAGE if latents is None else SCALED_PAGE
+    unit = math.lcm(page, run if ways == 1 else stripe) * ways
     # The last run is never filled: `fork` copies a whole one.
     size = -(-(lead + capacity + run) // unit) * unit
     return Cache(
@@ -254,8 +255,14 @@ def check_latents(cfg: ModelConfig, latents: str) -> None:
     """UserError: latents are not kept so, or the model caches none."""
     if latents not in LATENTS:
         raise UserError(f"cache {latents!r:.40}: there is {', '.join(LATENTS)}")
-    if not any(isinstance(layer.mixer, MLAConfig | CompressedConfig) for layer in cfg.layers):
+    found = {
+        layer.mixer.kv_rank for layer in cfg.layers
+        if isinstance(layer.mixer, MLAConfig | CompressedConfig)
+    }
+    if not found:
         raise UserError(f"cache {latents}: this model caches no latents; leave it out")
+    if odd := [r for r in found if r % WORD]:
+        raise UserError(f"cache {latents}: latents of {odd[0]} numbers are no multiple of {WORD}")
 
 
 def _state(
@@ -270,8 +277,8 @@ def _state(
         if latents is None:
             return {"latent": zeros(size, r)}
         return {
-            "latent": zeros(size, r, dtype=jnp.int8),
-            "latent_scale": zeros(size, dtype=jnp.float32),
+            "latent": zeros(size, r // WORD, dtype=jnp.int32),
+            "latent_scale": zeros(size // LINE, LINE, dtype=jnp.float32),
         }
 
     state = {"conv": zeros(layer.conv - 1, width)} if layer.conv else {}

@@ -37,7 +37,7 @@ IMPLS = {
 class Latents(NamedTuple):
     """What MLA caches and sends: one latent a token, one rotary key shared by all heads."""
 
-    latent: jax.Array  # b s r     or int8 with `scale`
+    latent: jax.Array  # b s r     or int32 b s r/4 with `scale`: words of int8 (see int8.py)
     k_rope: jax.Array | None  # b s p   rotated by its absolute position
     pos: jax.Array  # b s
     seg: jax.Array  # b s
@@ -55,7 +55,8 @@ def latent_attention(
     """
     if impl not in IMPLS:
         raise ValueError(f"latent_attention: unknown {impl=}, there are {sorted(IMPLS)}")
-    (h, n), r = q.nope.shape[2:], kv.latent.shape[-1]
+    int8.check("latent_attention", kv.latent, kv.scale)
+    (h, n), r = q.nope.shape[2:], int8.width(kv.latent, kv.scale)
     if up[0].shape != (r, h, n) or up[1].shape[:2] != (r, h):
         raise ValueError(
             f"latent_attention: queries b t h n {q.nope.shape} and latents b s r {kv.latent.shape} "
@@ -63,7 +64,6 @@ def latent_attention(
         )
     if (q.rope is None) != (kv.k_rope is None):
         raise ValueError("latent_attention: queries and keys both have a rotary part, or neither")
-    int8.check("latent_attention", kv.latent, kv.scale)
     limits.check("latent_attention", impl, tpu.unsupported, q, kv, up)
     return (IMPLS if kv.scale is None else FORWARD)[impl](q, kv, up, scale=scale)
 

@@ -54,7 +54,7 @@ def _forward(int8=False, **shape):
     q, kv, up = _abstract(**shape)
     if int8:
         kv = kv._replace(
-            latent=jax.ShapeDtypeStruct(kv.latent.shape, jnp.int8),
+            latent=jax.ShapeDtypeStruct((*kv.pos.shape, shape["r"] // 4), jnp.int32),
             scale=jax.ShapeDtypeStruct(kv.pos.shape, jnp.float32),
         )
     return functools.partial(latent_attention, scale=0.1, impl="pallas"), (q, kv, up)

@@ -13,7 +13,8 @@ HIGHEST = jax.lax.Precision.HIGHEST
 
 def expand(kv, up) -> Keys:
     """The key and value of every head."""
-    latent, up = widen(kv.latent, kv.scale, jnp.float32), (x.astype(jnp.float32) for x in up)
+    latent = kv.latent if kv.scale is None else widen(kv.latent, kv.scale, jnp.float32)
+    latent, *up = (x.astype(jnp.float32) for x in (latent, *up))
     key, value = (jnp.einsum("bsr,rhn->bshn", latent, w, precision=HIGHEST) for w in up)
     return Keys(key, value, kv.k_rope, kv.pos, kv.seg)
 

@@ -49,11 +49,11 @@ class Inputs(NamedTuple):
 
     q: tuple  # b h n t and b h p t (or None), times scale / ln 2
     q_where: jax.Array  # b 3 t: pos, seg, since
-    latent: jax.Array  # b s r
+    latent: jax.Array  # b s r, or words
     rope: jax.Array | None  # b s p
     k_where: jax.Array  # b 2 s: pos, seg
     up: tuple  # h r n and h r v
-    scale: jax.Array | None = None  # b 1 s   of int8 latents
+    scale: jax.Array | None = None  # b 1 s   of words
 
 
 def unsupported(

@@ -27,8 +27,10 @@ def places(pages, page) -> Places:
 def keys_of(pages, layer, page, dtype) -> Keys:
     """One page as keys of one head, which every query head reads; without rows."""
     at = jnp.maximum(page, 0)
-    scale = None if pages.scale is None else pages.scale[layer, at]
-    latent = widen(pages.latent[layer, at], scale, dtype)[:, None]
+    latent = pages.latent[layer, at]
+    if pages.scale is not None:
+        latent = widen(latent, pages.scale[layer, at].reshape(-1), jnp.float32)
+    latent = latent.astype(dtype)[:, None]
     rope = None if pages.rope is None else unpair(pages.rope[layer, at]).astype(dtype)
     return Keys(latent, latent, rope, *places(pages, page))
 

@@ -11,8 +11,10 @@ HIGHEST = jax.lax.Precision.HIGHEST
 
 def select(q, blocks, layer, ids, *, scale: float, token_scale=None) -> Partial:
     """softmax(scale q c^T) c over the tokens of the chosen blocks."""
-    own = None if token_scale is None else token_scale[layer]
-    store = widen(blocks[layer], own, jnp.float32)  # b c j r
+    store = blocks[layer]  # b c j r
+    if token_scale is not None:
+        store = widen(store, token_scale[layer], jnp.float32)
+    store = store.astype(jnp.float32)
     chosen = (ids[..., None] == jnp.arange(store.shape[1])).any(2)  # b m c
     logits = jnp.einsum("bmthr,bcjr->bmthcj", q.astype(jnp.float32), store, precision=HIGHEST)
     b, m, t, h, c, j = logits.shape

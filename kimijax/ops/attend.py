@@ -23,7 +23,7 @@ from kimijax.config import CompressedConfig, ModelConfig
 from kimijax.errors import UserError
 from kimijax.ops.delta import delta_runs
 from kimijax.ops.moe import grouped_experts, tiled_experts
-from kimijax.rows import PAGE, ROWS, Rows
+from kimijax.rows import LINE, PAGE, ROWS, Rows
 
 
 def attend(
@@ -59,12 +59,12 @@ def attend(
 class Stored(NamedTuple):
     """Latents of a cache as they lie: every layer's, which is sliced by what reads it if at all."""
 
-    latent: jax.Array  # l b s r   or int8 with `scale`
+    latent: jax.Array  # l b s r   or int32 l b s r/4 with `scale`: words of int8
     rope: jax.Array | None  # l b s/2 2p   as kernels_pallas.latent_decode.pair lays them
     layer: jax.Array  # int32: the slice that is meant
     pos: jax.Array  # b s
     seg: jax.Array  # b s
-    scale: jax.Array | None = None  # l b s   float32, of int8 latents
+    scale: jax.Array | None = None  # l b s/128 128   float32
 
 
 def recall(
@@ -79,8 +79,8 @@ def recall(
     up = w_uk, w_uv = tuple(w.astype(q.nope.dtype) for w in up)
     if _cheaper(q.nope.shape[1], kv.pos.shape[1], w_uk.shape, w_uv.shape[-1]) == "expanded":
         k_rope = None if kv.rope is None else unpair(kv.rope[kv.layer])
-        scale_of = None if kv.scale is None else kv.scale[kv.layer]
-        latents = Latents(kv.latent[kv.layer], k_rope, kv.pos, kv.seg, scale_of)
+        own = None if kv.scale is None else kv.scale[kv.layer].reshape(kv.pos.shape)
+        latents = Latents(kv.latent[kv.layer], k_rope, kv.pos, kv.seg, own)
         return latent_attention(q, latents, up, scale=scale, impl=impl)
     pages, table = _pages(kv)
     absorbed = q._replace(nope=absorb(q.nope, w_uk))
@@ -96,7 +96,7 @@ def _pages(kv: Stored) -> tuple[Pages, jax.Array]:
     rope = kv.rope
     if rope is not None:
         rope = rope.reshape(layers, -1, j // 2, rope.shape[-1])
-    scale = None if kv.scale is None else kv.scale.reshape(layers, -1, j)
+    scale = None if kv.scale is None else kv.scale.reshape(layers, -1, j // LINE, LINE)
     pages = Pages(kv.latent.reshape(layers, -1, j, r), rope, *where, scale)
     return pages, jnp.arange(b * s // j, dtype=jnp.int32).reshape(b, -1)
 

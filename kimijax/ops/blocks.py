@@ -30,12 +30,12 @@ class IndexWeights(NamedTuple):
 class Store(NamedTuple):
     """Latents by block with their summary keys, stacked over layers."""
 
-    latent: jax.Array  # l b c j r
+    latent: jax.Array  # l b c j r   or int32 l b c j r/4 with `scale`: words of int8
     keys: jax.Array  # l b c g i
     layer: jax.Array  # int32
     block_pos: jax.Array  # b c   first position; int32 max: not complete
     block_seg: jax.Array  # b c
-    scale: jax.Array | None = None  # l b c j   of int8 latents
+    scale: jax.Array | None = None  # l b c j   float32
 
 
 def local_start(pos: jax.Array, c: CompressedConfig) -> jax.Array:
@@ -115,12 +115,12 @@ def stores_of(
 
 
 def _store(state: dict, repeat: jax.Array, block: int) -> Store:
-    def blocks(x):
-        return None if x is None else x.reshape(*x.shape[:2], -1, block, *x.shape[3:])
-
+    latent, scale = state["latent"], state.get("latent_scale")
+    lead = latent.shape[:2]
+    blocks = latent.reshape(*lead, -1, block, latent.shape[-1])
     return Store(
-        blocks(state["latent"]), state["keys"], repeat, state["block_pos"][repeat],
-        state["block_seg"][repeat], blocks(state.get("latent_scale")),
+        blocks, state["keys"], repeat, state["block_pos"][repeat], state["block_seg"][repeat],
+        None if scale is None else scale.reshape(*lead, -1, block),
     )
 
 
