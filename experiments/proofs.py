@@ -39,8 +39,10 @@ CASES = {
     "k2-v5p-4x4x8-prefill-int4": f"{K2} v5p:4x4x8 --job prefill --weights int4",
     "k2-v5p-4x4x8-decode": f"{K2} v5p:4x4x8 {DECODE}",
     "k2-v5p-4x4x8-decode-int4": f"{K2} v5p:4x4x8 {DECODE} --weights int4",
+    "k2-v5p-4x4x8-decode-cache-int8": f"{K2} v5p:4x4x8 {DECODE} --cache int8",
     "k2-v6e-8x16-chunks": f"{K2} v6e:8x16 {CHUNKS}",
     "k2-v6e-8x16-chunks-int4": f"{K2} v6e:8x16 {CHUNKS} --weights int4",
+    "k2-v6e-8x16-chunks-cache-int8": f"{K2} v6e:8x16 {CHUNKS} --cache int8",
     "k2-v6e-8x16-decode": f"{K2} v6e:8x16 {DECODE}",
     "k2-v6e-8x16-decode-int4": f"{K2} v6e:8x16 {DECODE} --weights int4",
     "k2-tpu7x-2x2x4-chunks": f"{K2} tpu7x:2x2x4 {CHUNKS}",
@@ -125,6 +127,7 @@ def _row(name: str, plan: dict) -> str:
     what = f"{plan['model']}, {plan['job']}"
     what += f" in {plan['chunk']:,}" if plan["chunk"] else ""
     what += ", int4" if name.endswith("int4") else ""
+    what += ", cache in int8" if plan.get("cache") else ""
     if not proven["fits"]:
         return f"| {what} | {plan['topology']}, {mesh} | {form:.2f} | does not fit | | | | | |"
     needed = proven["bytes_per_chip"] / 2**30

@@ -72,6 +72,9 @@ def plan(tmp_path):
     "job, args",
     [
         ("decode", "--context 4194304 --topology v5p:2x2x1 --weights int4"),
+        ("decode", "--context 4194304 --topology v5p:2x2x1 --cache int8"),
+        pytest.param("prefill", "--context 524288 --topology v6e:2x2 --chunk 65536 --cache int8",
+                     marks=pytest.mark.slow),
         pytest.param("prefill", "--context 32768 --topology v5p:2x2x1", marks=pytest.mark.slow),
         pytest.param("prefill", "--context 524288 --topology v5p:2x2x1 --chunk 65536",
                      marks=pytest.mark.slow),
