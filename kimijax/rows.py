@@ -1,7 +1,7 @@
 """Reading and writing token rows of stacked states l b s ... at places of their slots.
 
 Rotary keys are 64 wide, and a TPU would pad or move an array so narrow: two of them share a row, as
-kernels_pallas.latent_decode.pair lays them. So are numbers of which a token has one: LINE to a row.
+kernels_pallas.latent_decode.pair lays them. Of numbers of which a token has one LINE share a row.
 """
 
 from collections.abc import Callable
@@ -15,7 +15,7 @@ from kernels_pallas.latent_decode import HALF
 PAGE = 2 * HALF  # slots whose rotary keys lie in the same rows
 PAIRED = ("k_rope",)
 LINE = HALF
-SCALED_PAGE = 8 * LINE  # slots whose scales fill a tile of a TPU
+SCALED_PAGE = 8 * LINE  # slots whose scales fill a tile of a TPU; of others XLA copies the stack
 SCALARS = ("latent_scale",)  # l b s/128 128
 
 
