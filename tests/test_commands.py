@@ -82,6 +82,14 @@ def test_a_cache_in_int8_generates_what_its_programs_do(kimijax, answers, tmp_pa
     np.testing.assert_array_equal(np.load(tmp_path / "out.npy")[:, -4:], np.stack(want, 1))
 
 
+def test_a_cache_that_kernels_do_not_read_is_refused_before_weights_are(kimijax):
+    model = GOLDENS.parents[1] / "experiments" / "checkpoints" / "needle_2m"
+    code, _, errors = kimijax("generate", "--checkpoint", model, "--prompt", "x", "--max_new", 1,
+                              "--cache", "int8", "--impl", "pallas_interpret")
+    assert code == 2 and errors.count("\n") == 1
+    assert errors.startswith("error: cache int8: kernels of a TPU read no chosen blocks")
+
+
 def test_generated_tokens_of_an_array_of_a_conversion_and_in_chunks(kimijax, answers, tmp_path):
     np.save(tmp_path / "in.npy", answers["gen_prompt"])
     assert kimijax("convert", K2, tmp_path / "ours", "--to", "orbax")[0] == 0

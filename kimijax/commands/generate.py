@@ -72,8 +72,23 @@ def main(args: argparse.Namespace) -> int:
         repetition_penalty=args.repetition_penalty, seed=args.seed,
     )
     with job_of(args):
+        if args.cache:
+            _check_cache(args)
         (_text if args.tokens is None else _arrays)(args, sampling, plan_of(args))
     return 0
+
+
+def _check_cache(args: argparse.Namespace) -> None:
+    """UserError, before weights are read: the model's latents are not kept as --cache says."""
+    from pathlib import Path
+
+    from kimijax.cache import check_latents
+    from kimijax.convert.load import read_config
+    from kimijax.ops.attend import check_kernels, usual_impl
+
+    cfg = read_config(Path(args.checkpoint))
+    check_latents(cfg, args.cache)
+    check_kernels(cfg, args.cache, args.impl or usual_impl())
 
 
 def _arrays(args: argparse.Namespace, sampling, plan) -> None:
@@ -138,10 +153,7 @@ def _programs(args: argparse.Namespace, loaded, plan):
     import jax.numpy as jnp
 
     from kimijax.generate import decoder
-    from kimijax.ops.attend import check_kernels, usual_impl
 
-    if args.cache:
-        check_kernels(loaded.cfg, args.cache, args.impl or usual_impl())
     dtype = jnp.dtype(args.dtype)
     return decoder(loaded.cfg, ops_of(args, plan), dtype, args.cache), loaded.params
 
