@@ -39,10 +39,14 @@ CASES = {
     "k2-v5p-4x4x8-prefill-int4": f"{K2} v5p:4x4x8 --job prefill --weights int4",
     "k2-v5p-4x4x8-decode": f"{K2} v5p:4x4x8 {DECODE}",
     "k2-v5p-4x4x8-decode-int4": f"{K2} v5p:4x4x8 {DECODE} --weights int4",
+    "k2-v5p-4x4x8-decode-cache-int8": f"{K2} v5p:4x4x8 {DECODE} --cache int8",
     "k2-v6e-8x16-chunks": f"{K2} v6e:8x16 {CHUNKS}",
     "k2-v6e-8x16-chunks-int4": f"{K2} v6e:8x16 {CHUNKS} --weights int4",
+    "k2-v6e-8x16-chunks-cache-int8": f"{K2} v6e:8x16 {CHUNKS} --cache int8",
     "k2-v6e-8x16-decode": f"{K2} v6e:8x16 {DECODE}",
     "k2-v6e-8x16-decode-int4": f"{K2} v6e:8x16 {DECODE} --weights int4",
+    "k2-v6e-8x8-decode-int4-cache-int8": f"{K2} v6e:8x8 {DECODE} --weights int4 --cache int8",
+    "k2-v5e-16x16-decode-cache-int8": f"{K2} v5e:16x16 {DECODE} --cache int8",
     "k2-tpu7x-2x2x4-chunks": f"{K2} tpu7x:2x2x4 {CHUNKS}",
     "k2-tpu7x-2x2x2-chunks-int4": f"{K2} tpu7x:2x2x2 {CHUNKS} --weights int4",
     "k2-tpu7x-2x2x4-decode": f"{K2} tpu7x:2x2x4 {DECODE}",
@@ -50,6 +54,7 @@ CASES = {
     "linear-v5e-4x4-chunks": f"{LINEAR} v5e:4x4 {CHUNKS}",
     "linear-v5e-4x4-decode": f"{LINEAR} v5e:4x4 {DECODE}",
     "linear-v5e-4x4-decode-int4": f"{LINEAR} v5e:4x4 {DECODE} --weights int4",
+    "linear-v5e-2x4-decode-cache-int8": f"{LINEAR} v5e:2x4 {DECODE} --cache int8",
     "k2-v5p-8x8x8-train": f"{K2} v5p:8x8x8 --job train --mesh seq=128,expert=4",
 }
 
@@ -124,7 +129,8 @@ def _row(name: str, plan: dict) -> str:
     mesh = ",".join(f"{axis}={n}" for axis, n in plan["mesh"].items() if n > 1)
     what = f"{plan['model']}, {plan['job']}"
     what += f" in {plan['chunk']:,}" if plan["chunk"] else ""
-    what += ", int4" if name.endswith("int4") else ""
+    what += ", int4" if "int4" in name else ""
+    what += ", cache in int8" if plan.get("cache") else ""
     if not proven["fits"]:
         return f"| {what} | {plan['topology']}, {mesh} | {form:.2f} | does not fit | | | | | |"
     needed = proven["bytes_per_chip"] / 2**30

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
+from kernels_pallas.int8 import WORD, narrow, widen
 from kimijax.config import (
     CompressedConfig,
     KDAConfig,
@@ -21,7 +22,8 @@ from kimijax.config import (
     ModelConfig,
     WindowConfig,
 )
-from kimijax.rows import PAGE, PAIRED, ROWS, Rows, write
+from kimijax.errors import UserError
+from kimijax.rows import LINE, PAGE, PAIRED, ROWS, SCALARS, SCALED_PAGE, Rows, write
 
 FAR = jnp.iinfo(jnp.int32).max
 LEAST_STRIPE = 64  # slots that lie together where a row is dealt over devices
@@ -71,6 +73,7 @@ class Cache:
     # Slots are dealt to `ways` devices in stripes, and a device's slots lie together.
     ways: int = struct.field(pytree_node=False, default=1)
     stripe: int = struct.field(pytree_node=False, default=1)
+    latents: str | None = struct.field(pytree_node=False, default=None)  # one of LATENTS
 
     @property
     def capacity(self) -> int:
@@ -121,10 +124,21 @@ class Memory(NamedTuple):
                  for n, x in new.items()}
         return self._replace(state=self.state | state)
 
+    def kept(self, latent: jax.Array) -> dict[str, jax.Array]:
+        """Latents ... r as the states of this layer keep them, by the names of states."""
+        if "latent_scale" not in self.state:
+            return {"latent": latent}
+        return dict(zip(LATENT, narrow(latent), strict=True))
+
+    def latents_at(self, start: jax.Array, length: int, dtype: jnp.dtype) -> jax.Array:
+        """Those of slots [start, start + length) as `numbers`: b length r."""
+        kept = {n: self.window(n, start, length) for n in LATENT if n in self.state}
+        return numbers(kept, dtype)
+
     def window(self, name: str, start: jax.Array, length: int) -> jax.Array:
         """Token rows [start, start + length) of a large state of this layer: b length ..."""
         stack = self.state[name]
-        if self.cache.ways > 1 or name in PAIRED:
+        if self.cache.ways > 1 or name in (*PAIRED, *SCALARS):
             at = self.cache.index(start[:, None] + jnp.arange(length))
             return self.rows.read(name, stack, self.repeat, at)
 
@@ -146,8 +160,16 @@ class Memory(NamedTuple):
         return self._replace(state=self.state | state)
 
 
+LATENT = ("latent", "latent_scale")  # states of a latent; the scale where it is int8
 # States with numbers for every slot: dealt over devices.
-LARGE = ("latent", "k_rope", "keys", "head_keys", "head_values")
+LARGE = (*LATENT, "k_rope", "keys", "head_keys", "head_values")
+LATENTS = ("int8",)  # how latents may be kept, other than in the dtype of the other states
+
+
+def numbers(kept: dict[str, jax.Array], dtype: jnp.dtype) -> jax.Array:
+    """Latents ... r of what `Memory.kept` gave; int8 widened to a dtype."""
+    scale = kept.get("latent_scale")
+    return kept["latent"] if scale is None else widen(kept["latent"], scale, dtype)
 
 
 def lead_slots(cfg: ModelConfig) -> int:
@@ -186,16 +208,27 @@ def tile_length(window: int) -> int:
 
 
 def empty_cache(
-    cfg: ModelConfig, rows: int, capacity: int, dtype: jnp.dtype = jnp.float32, ways: int = 1
+    cfg: ModelConfig,
+    rows: int,
+    capacity: int,
+    dtype: jnp.dtype = jnp.float32,
+    ways: int = 1,
+    latents: str | None = None,
 ) -> Cache:
     """An empty cache of `rows` rows with at least `capacity` slots each, rounded up to a run.
 
-    ways  devices over which the slots of a row are dealt, in stripes of at least 64
+    ways     devices over which the slots of a row are dealt, in stripes of at least 64
+    latents  "int8": with a float32 scale for each token; None: in `dtype`, as all else
+
+    UserError: there is no such form, or the model caches no latents.
     """
+    if latents is not None:
+        check_latents(cfg, latents)
     run = run_length(cfg)
     stripe = -(-LEAST_STRIPE // run) * run
     lead = -(-lead_slots(cfg) // run) * run
-    unit = math.lcm(PAGE, run if ways == 1 else stripe) * ways
+    page = PAGE if latents is None else SCALED_PAGE
+    unit = math.lcm(page, run if ways == 1 else stripe) * ways
     # The last run is never filled: `fork` copies a whole one.
     size = -(-(lead + capacity + run) // unit) * unit
     return Cache(
@@ -204,21 +237,49 @@ def empty_cache(
         count=jnp.zeros(rows, jnp.int32),
         first=jnp.zeros(rows, jnp.int32),
         states=tuple(
-            tuple(_state(cfg.width, layer, g.repeat, rows, size, dtype) for layer in g.layers)
+            tuple(
+                _state(cfg.width, layer, g.repeat, rows, size, dtype, latents)
+                for layer in g.layers
+            )
             for g in cfg.groups
         ),
         lead=lead,
         run=run,
         ways=ways,
         stripe=stripe,
+        latents=latents,
     )
 
 
-def _state(width: int, layer: LayerConfig, repeat: int, rows: int, size: int, dtype) -> dict:
+def check_latents(cfg: ModelConfig, latents: str) -> None:
+    """UserError: latents are not kept so, or the model caches none."""
+    if latents not in LATENTS:
+        raise UserError(f"cache {latents!r:.40}: there is {', '.join(LATENTS)}")
+    found = {
+        layer.mixer.kv_rank for layer in cfg.layers
+        if isinstance(layer.mixer, MLAConfig | CompressedConfig)
+    }
+    if not found:
+        raise UserError(f"cache {latents}: this model caches no latents; leave it out")
+    if odd := [r for r in found if r % WORD]:
+        raise UserError(f"cache {latents}: latents of {odd[0]} numbers are no multiple of {WORD}")
+
+
+def _state(
+    width: int, layer: LayerConfig, repeat: int, rows: int, size: int, dtype, latents
+) -> dict:
     """The state of one layer of a group, for all its repeats."""
 
     def zeros(*shape, dtype=dtype):
         return jnp.zeros((repeat, rows, *shape), dtype)
+
+    def latent(r):
+        if latents is None:
+            return {"latent": zeros(size, r)}
+        return {
+            "latent": zeros(size, r // WORD, dtype=jnp.int32),
+            "latent_scale": zeros(size // LINE, LINE, dtype=jnp.float32),
+        }
 
     state = {"conv": zeros(layer.conv - 1, width)} if layer.conv else {}
     match layer.mixer:
@@ -227,14 +288,13 @@ def _state(width: int, layer: LayerConfig, repeat: int, rows: int, size: int, dt
         case WindowConfig(kv_heads=g, head_dim=k, window=w):
             state |= {"key": zeros(w, g, k), "value": zeros(w, g, k)}
         case MLAConfig(kv_rank=r, rope_dim=p):
-            state |= {"latent": zeros(size, r)} | ({"k_rope": zeros(size // 2, 2 * p)} if p else {})
+            state |= latent(r) | ({"k_rope": zeros(size // 2, 2 * p)} if p else {})
         case KDAConfig(heads=h, head_dim=k, conv=taps):
             state |= {"delta": zeros(h, k, k, dtype=jnp.float32)}
             state |= {"past": zeros(taps - 1, 3, h, k)} if taps > 1 else {}
         case CompressedConfig(kv_rank=r, taps=taps, index=index):
             n = size // index.block
-            state |= {
-                "latent": zeros(size, r),
+            state |= latent(r) | {
                 "keys": zeros(n, index.keys, index.dim),
                 "block_pos": jnp.full((repeat, rows, n), FAR, jnp.int32),
                 "block_seg": jnp.full((repeat, rows, n), -1, jnp.int32),

@@ -7,11 +7,11 @@ its last tokens, so that looking back never leaves an array.
 import jax
 import jax.numpy as jnp
 
-from kimijax.cache import FAR, Cache, Memory, empty_cache, run_length
+from kimijax.cache import FAR, LATENT, Cache, Memory, empty_cache, run_length
 from kimijax.config import ModelConfig
 from kimijax.rows import ROWS, Rows
 
-TOKENS = ("latent", "k_rope", "head_keys", "head_values")  # states with numbers for every token
+TOKENS = (*LATENT, "k_rope", "head_keys", "head_values")  # states with numbers for every token
 BLOCKS = ("keys", "block_pos", "block_seg")
 
 
@@ -26,7 +26,7 @@ def fork(cfg: ModelConfig, cache: Cache, room: int, rows: Rows = ROWS) -> Cache:
     if cache.frozen is not None:
         raise ValueError("fork: the cache already stands on a frozen one; fork that one instead")
     size = cache.lead + run_length(cfg)
-    new = empty_cache(cfg, cache.pos.shape[0], room, ways=cache.ways)
+    new = empty_cache(cfg, cache.pos.shape[0], room, ways=cache.ways, latents=cache.latents)
     first = cache.count // cache.run * cache.run
     # The lead of the new store and the open run behind it are copies of the frozen store's end.
     # Blocks that are complete by now stay with the frozen store, later ones will be in the new.

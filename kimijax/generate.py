@@ -25,10 +25,13 @@ GREEDY = Sampling(temperature=0.0)
 
 
 class Decoder:
-    """Compiled programs of one model: a chunk of every prompt, and a token of every row."""
+    """Compiled programs of one model: a chunk of every prompt, and a token of every row.
 
-    def __init__(self, cfg: ModelConfig, ops: Ops, dtype: jnp.dtype):
-        self.cfg, self.ops, self.dtype = cfg, ops, dtype
+    latents  how its caches keep them, as of kimijax.cache.empty_cache
+    """
+
+    def __init__(self, cfg: ModelConfig, ops: Ops, dtype: jnp.dtype, latents: str | None = None):
+        self.cfg, self.ops, self.dtype, self.latents = cfg, ops, dtype, latents
         self.model = Model(cfg, ops, dtype)
         self.prefill = ops.jit(self._prefill, donate_argnums=1)
         self.step = ops.jit(self._step, donate_argnums=(1, 3))
@@ -36,7 +39,8 @@ class Decoder:
         self.empty = ops.jit(self._empty, static_argnums=(0, 1))
 
     def _empty(self, rows, capacity):
-        return self.ops.deal(empty_cache(self.cfg, rows, capacity, self.dtype, self.ops.ways))
+        ways, latents = self.ops.ways, self.latents
+        return self.ops.deal(empty_cache(self.cfg, rows, capacity, self.dtype, ways, latents))
 
     def _prefill(self, params, cache, ids, live):
         """The first live[row] of ids b t of every row: (cache, logits b v of each row's last)."""
@@ -64,9 +68,11 @@ class Decoder:
 
 
 @functools.cache
-def decoder(cfg: ModelConfig, ops: Ops, dtype: jnp.dtype) -> Decoder:
+def decoder(
+    cfg: ModelConfig, ops: Ops, dtype: jnp.dtype, latents: str | None = None
+) -> Decoder:
     """The Decoder of these arguments, made once, so that its programs are compiled once."""
-    return Decoder(cfg, ops, dtype)
+    return Decoder(cfg, ops, dtype, latents)
 
 
 def generate(

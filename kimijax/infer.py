@@ -35,13 +35,18 @@ class Chunk:
 
 
 class Step:
-    """Compiled programs of one model. Params and caches go in and come out as values."""
+    """Compiled programs of one model. Params and caches go in and come out as values.
 
-    def __init__(self, cfg: ModelConfig, ops: Ops, chunk: int = CHUNK):
+    latents  how its caches keep them, as of kimijax.cache.empty_cache
+    """
+
+    def __init__(
+        self, cfg: ModelConfig, ops: Ops, chunk: int = CHUNK, latents: str | None = None
+    ):
         run = run_length(cfg)
         if chunk % run:
             raise UserError(f"chunk {chunk} must be a multiple of {run}, the run of this model")
-        self.cfg, self.ops, self.chunk = cfg, ops, chunk
+        self.cfg, self.ops, self.chunk, self.latents = cfg, ops, chunk, latents
         self.model = Model(cfg, ops)
         self.read = ops.jit(self._read, donate_argnums=1)
         self.extend = ops.jit(self._extend, donate_argnums=2)
@@ -49,7 +54,8 @@ class Step:
         self.empty = ops.jit(self._empty, static_argnums=(0, 1))
 
     def _empty(self, rows, capacity):
-        return self.ops.deal(empty_cache(self.cfg, rows, capacity, ways=self.ops.ways))
+        ways, latents = self.ops.ways, self.latents
+        return self.ops.deal(empty_cache(self.cfg, rows, capacity, ways=ways, latents=latents))
 
     def _read(self, params, cache, ids, live):
         """`live` tokens of a document from ids b chunk+1: (cache, nats of each next token's code).
@@ -92,9 +98,11 @@ class Step:
 
 
 @functools.cache
-def programs(cfg: ModelConfig, ops: Ops, chunk: int = CHUNK) -> Step:
+def programs(
+    cfg: ModelConfig, ops: Ops, chunk: int = CHUNK, latents: str | None = None
+) -> Step:
     """The Step of these arguments, made once: a second job in a process compiles nothing."""
-    return Step(cfg, ops, chunk)
+    return Step(cfg, ops, chunk, latents)
 
 
 def check_tokens(cfg: ModelConfig, tokens: np.ndarray) -> None:

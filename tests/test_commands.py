@@ -8,8 +8,10 @@ import numpy as np
 import pytest
 
 from kimijax.commands.arrays import read_tokens
+from kimijax.convert.load import load
 from kimijax.errors import UserError
-from kimijax.generate import read_prompts
+from kimijax.generate import decoder, generate, read_prompts
+from kimijax.ops.attend import local
 
 GOLDENS = Path(__file__).parent / "goldens"
 K2 = str(GOLDENS / "k2_tiny")
@@ -66,6 +68,26 @@ def test_bfloat16_logits_are_near(kimijax, answers, tmp_path):
     assert code == 0, errors
     off = np.abs(np.load(tmp_path / "out.npy") - answers["logits"][:1])
     assert np.median(off) < 0.05 * answers["logits"].std()
+
+
+def test_a_cache_in_int8_generates_what_its_programs_do(kimijax, answers, tmp_path):
+    np.save(tmp_path / "in.npy", answers["gen_prompt"])
+    code, _, errors = kimijax("generate", "--checkpoint", K2, "--tokens", tmp_path / "in.npy",
+                              "--out", tmp_path / "out.npy", "--max_new", 4, "--cache", "int8")
+    assert code == 0, errors
+    model = load(K2)
+    programs = decoder(model.cfg, local(), np.dtype(np.float32), "int8")
+    assert programs.empty(1, 64).latents == "int8"
+    want = list(generate(programs, model.params, list(answers["gen_prompt"]), 4))
+    np.testing.assert_array_equal(np.load(tmp_path / "out.npy")[:, -4:], np.stack(want, 1))
+
+
+def test_a_cache_that_kernels_do_not_read_is_refused_before_weights_are(kimijax):
+    model = GOLDENS.parents[1] / "experiments" / "checkpoints" / "needle_2m"
+    code, _, errors = kimijax("generate", "--checkpoint", model, "--prompt", "x", "--max_new", 1,
+                              "--cache", "int8", "--impl", "pallas_interpret")
+    assert code == 2 and errors.count("\n") == 1
+    assert errors.startswith("error: cache int8: kernels of a TPU read no chosen blocks")
 
 
 def test_generated_tokens_of_an_array_of_a_conversion_and_in_chunks(kimijax, answers, tmp_path):

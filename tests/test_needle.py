@@ -45,13 +45,15 @@ def _results(monkeypatch, capsys, out, *args):
     return json.loads((out / "results.json").read_text()), printed
 
 
-def test_the_shipped_model_finds_what_is_hidden(monkeypatch, capsys, tmp_path, text):
-    args = ("--context", CONTEXT, "--needles", 30, "--haystack", text, "--seed", 11)
+@pytest.mark.parametrize("options", [(), ("--cache", "int8")], ids=["floats", "int8"])
+def test_the_shipped_model_finds_what_is_hidden(options, monkeypatch, capsys, tmp_path, text):
+    args = ("--context", CONTEXT, "--needles", 30, "--haystack", text, "--seed", 11, *options)
     results, printed = _results(monkeypatch, capsys, tmp_path, *args)
     assert results["exact_match"] >= 0.95 and results["block_recall"] >= 0.95
     assert results["context"] == CONTEXT and results["needles"] == 30
     assert sum(d["asked"] for d in results["exact_match_by_depth"]) == 30
     assert f"{CONTEXT:,} tokens" in printed
+    assert results["job"]["cache"] == (options[1] if options else None)
     assert (tmp_path / "heatmap.png").read_bytes().startswith(b"\x89PNG")
     assert not list(tmp_path.glob("*.tmp*"))
 

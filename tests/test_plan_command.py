@@ -45,6 +45,8 @@ def test_the_command_writes_what_it_prints(kimijax, tmp_path):
         ("--model kimi_k2_tiny --context 4096 --topology v5e:2x2 --mesh seq=4 --chunk 2",
          "--chunk 2 is no multiple of 4"),
         ("--model kimi_k2_tiny --context 4096 --topology v5e:2x2 --chunk 8192", "the context"),
+        ("--model kimi_k2_tiny --context 4096 --topology v5e:2x2 --cache int8",
+         "--cache int8: this job has none; leave it out, or plan --job decode"),
         ("--model needle_2m --context 4096 --topology v5e:2x2 --chunk 64", "are not planned"),
         ("--model kimi_k2_tiny --context 4096 --topology v5e:2x2 --mesh tensor=4 --json /no/x",
          "cannot be written"),
@@ -62,6 +64,24 @@ def test_quantised_weights_are_not_trained(kimijax):
         "v5e:2x2", "--weights", "int4",
     )
     assert code == 2 and "have no gradients" in errors
+
+
+def test_latents_in_int8_take_what_they_say(kimijax, tmp_path):
+    found = []
+    for name, options in (("floats", ()), ("int8", ("--cache", "int8"))):
+        code, _, errors = kimijax(
+            "plan", "--model", "kimi_k2", "--job", "decode", "--context", 2**20 - 1, "--topology",
+            "v5p:4x4x8", "--mesh", "expert=128", "--json", tmp_path / name, *options,
+        )
+        assert code == 0, errors
+        plan = json.loads((tmp_path / name).read_text())
+        assert plan["cache"] == (None if name == "floats" else "int8")
+        found.append(plan["closed_form"])
+    floats, int8 = (form["parts"]["latents"] for form in found)  # 2^20 slots, none for rounding up
+    where = 2 * 4 * 2**20  # positions and segments, whole on every chip
+    assert (int8 - where) / (floats - where) == pytest.approx(644 / 1152, rel=0.01)
+    floats, int8 = (form["hbm_bytes_per_chip"]["cache"] for form in found)
+    assert int8 < 0.7 * floats
 
 
 def test_a_chunk_is_of_prefill(kimijax):

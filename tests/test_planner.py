@@ -66,11 +66,12 @@ def test_bytes_of_a_training_state_are_those_of_its_arrays():
     assert parts["gradients"] == parts["weights"]
 
 
-def test_bytes_of_a_served_model_are_those_of_its_arrays():
+@pytest.mark.parametrize("latents", [None, "int8"])
+def test_bytes_of_a_served_model_are_those_of_its_arrays(latents):
     cfg = held(presets.kimi_k2_tiny(), "int4")
-    job = Job(cfg, "decode", 1000, batch=2)
+    job = Job(cfg, "decode", 1000, batch=2, latents=latents)
     plan = layout(job, make_mesh(SIZES))
-    cache = plan.ops().deal(empty_cache(cfg, 2, 1000, jnp.bfloat16, plan.ways))
+    cache = plan.ops().deal(empty_cache(cfg, 2, 1000, jnp.bfloat16, plan.ways, latents))
     shapes = nn.unbox(abstract_params(Model(cfg, local())))
     params = jax.tree.map(
         lambda x, place: jax.device_put(np.zeros(x.shape, x.dtype), place), shapes,

@@ -56,10 +56,10 @@ def _tile(x, size, axis, fill=0):
     return jnp.moveaxis(x, axis, 0)
 
 
-def _tiles(group, size):
+def tiles(group, size):
     """A Queries or Keys cut along its sequence; pads have segment -1."""
-    tiles = jax.tree.map(lambda x: _tile(x, size, 1), group._replace(seg=group.seg + 1))
-    return tiles._replace(seg=tiles.seg - 1)
+    cut = jax.tree.map(lambda x: _tile(x, size, 1), group._replace(seg=group.seg + 1))
+    return cut._replace(seg=cut.seg - 1)
 
 
 def _untile(x, length):
@@ -137,7 +137,7 @@ def forward(q, kv, *, scale: float) -> Partial:
     t, g, (tile_q, tile_k) = q.nope.shape[1], kv.key.shape[2], tile_sizes(q)
     if t <= tile_q and kv.pos.shape[1] <= tile_k:
         return Partial(*map(_unfold, _pair(_rows(q, g, scale), _columns(kv))))
-    columns = jax.vmap(_columns)(_tiles(kv, tile_k))
+    columns = jax.vmap(_columns)(tiles(kv, tile_k))
 
     def per_query_tile(q_tile):
         rows = _rows(q_tile, g, scale)
@@ -149,7 +149,7 @@ def forward(q, kv, *, scale: float) -> Partial:
         start = empty(rows.query.shape[:4], kv.value.shape[-1])
         return Partial(*map(_unfold, jax.lax.scan(step, start, columns)[0]))
 
-    out = jax.lax.map(per_query_tile, _tiles(q, min(tile_q, t)))
+    out = jax.lax.map(per_query_tile, tiles(q, min(tile_q, t)))
     return Partial(*(_untile(x, t) for x in out))
 
 
@@ -192,7 +192,7 @@ def _blockwise_bwd(q, kv, lse, d_out, delta, scale):
     t, s, g = q.pos.shape[1], kv.pos.shape[1], kv.key.shape[2]
     tile_q, tile_k = tile_sizes(q)
     tile_q = min(tile_q, t)
-    rows = jax.vmap(lambda q: _rows(q, g, scale))(_tiles(q, tile_q))
+    rows = jax.vmap(lambda q: _rows(q, g, scale))(tiles(q, tile_q))
     along = tuple(jax.vmap(_fold, (0, None))(_tile(x, tile_q, 1), g) for x in (lse, d_out, delta))
     zeros = lambda x: jnp.zeros(x.shape, jnp.float32)  # noqa: E731
 
@@ -212,6 +212,6 @@ def _blockwise_bwd(q, kv, lse, d_out, delta, scale):
         d_kv, d_query = jax.lax.scan(step, start, (rows, along, d_query))
         return d_query, d_kv
 
-    d_query, d_kv = jax.lax.scan(per_key_tile, zeros(rows.query), _tiles(kv, tile_k))
+    d_query, d_kv = jax.lax.scan(per_key_tile, zeros(rows.query), tiles(kv, tile_k))
     back = lambda x: jnp.moveaxis(_untile(jnp.moveaxis(x, 3, 2), s), 2, 1)  # noqa: E731
     return _untile(jax.vmap(_unfold)(d_query), t), tuple(map(back, d_kv))

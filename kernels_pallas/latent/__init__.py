@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import jax
 
-from kernels_pallas import limits
+from kernels_pallas import int8, limits
 from kernels_pallas.attention import Queries
 from kernels_pallas.attention.vjp import at_once, differentiable, summed
 from kernels_pallas.latent import ref, tpu, tpu_bwd, xla
@@ -23,23 +23,25 @@ BACKWARD = {
     "pallas_interpret": tpu_bwd.backward(interpret=True),
 }
 GRADS = {name: at_once(backward) for name, backward in BACKWARD.items()}
-IMPLS = {
+FORWARD = {
     "ref": ref.forward,
-    "xla": differentiable(xla.forward, GRADS["xla"]),
-    "pallas": differentiable(tpu.forward, GRADS["pallas"]),
-    "pallas_interpret": differentiable(
-        functools.partial(tpu.forward, interpret=True), GRADS["pallas_interpret"]
-    ),
+    "xla": xla.forward,
+    "pallas": tpu.forward,
+    "pallas_interpret": functools.partial(tpu.forward, interpret=True),
+}
+IMPLS = {
+    name: f if name == "ref" else differentiable(f, GRADS[name]) for name, f in FORWARD.items()
 }
 
 
 class Latents(NamedTuple):
     """What MLA caches and sends: one latent a token, one rotary key shared by all heads."""
 
-    latent: jax.Array  # b s r
+    latent: jax.Array  # b s r     or int32 b s r/4 with `scale`: words of int8 (see int8.py)
     k_rope: jax.Array | None  # b s p   rotated by its absolute position
     pos: jax.Array  # b s
     seg: jax.Array  # b s
+    scale: jax.Array | None = None  # b s   float32: a latent is its int8 times this
 
 
 def latent_attention(
@@ -48,11 +50,13 @@ def latent_attention(
     """Causal attention of `q` by position; `up` is (w_uk r h n, w_uv r h v). out b t h v.
 
     Masks, order and `impl` are those of kernels_pallas.attention. Differentiable in all float
-    inputs, through out and lse. ValueError: an unknown impl, or shapes that do not fit.
+    inputs, through out and lse; int8 latents are read forward alone. They are widened to the dtype
+    of `up` where keys are made. ValueError: an unknown impl, or shapes that do not fit.
     """
     if impl not in IMPLS:
         raise ValueError(f"latent_attention: unknown {impl=}, there are {sorted(IMPLS)}")
-    (h, n), r = q.nope.shape[2:], kv.latent.shape[-1]
+    int8.check("latent_attention", kv.latent, kv.scale)
+    (h, n), r = q.nope.shape[2:], int8.width(kv.latent, kv.scale)
     if up[0].shape != (r, h, n) or up[1].shape[:2] != (r, h):
         raise ValueError(
             f"latent_attention: queries b t h n {q.nope.shape} and latents b s r {kv.latent.shape} "
@@ -61,7 +65,7 @@ def latent_attention(
     if (q.rope is None) != (kv.k_rope is None):
         raise ValueError("latent_attention: queries and keys both have a rotary part, or neither")
     limits.check("latent_attention", impl, tpu.unsupported, q, kv, up)
-    return IMPLS[impl](q, kv, up, scale=scale)
+    return (IMPLS if kv.scale is None else FORWARD)[impl](q, kv, up, scale=scale)
 
 
 def latent_attention_grads(
@@ -72,10 +76,12 @@ def latent_attention_grads(
     lse, d_out, delta  as of kernels_pallas.attention.attention_grads
     kv, up             in their own structure, positions None
 
-    float32; ValueError for an unknown impl.
+    float32; ValueError for an unknown impl or for int8 latents.
     """
     if impl not in GRADS:
         raise ValueError(f"latent_attention_grads: unknown {impl=}, there are {sorted(GRADS)}")
+    if kv.scale is not None:
+        raise ValueError("latent_attention_grads: int8 latents have no gradient: hand on floats")
     sizes = tpu_bwd.BLOCK_Q, tpu_bwd.BLOCK_K
     limits.check("latent_attention_grads", impl, tpu.unsupported, q, kv, up, *sizes)
     return GRADS[impl](q, kv, up, lse, d_out, delta, scale=scale)

@@ -50,8 +50,14 @@ def _abstract(dtype=jnp.bfloat16, **shape):
     return q, Latents(latent, k_rope, where(s), where(s)), tuple(up)
 
 
-def _forward(**shape):
-    return functools.partial(latent_attention, scale=0.1, impl="pallas"), _abstract(**shape)
+def _forward(int8=False, **shape):
+    q, kv, up = _abstract(**shape)
+    if int8:
+        kv = kv._replace(
+            latent=jax.ShapeDtypeStruct((*kv.pos.shape, shape["r"] // 4), jnp.int32),
+            scale=jax.ShapeDtypeStruct(kv.pos.shape, jnp.float32),
+        )
+    return functools.partial(latent_attention, scale=0.1, impl="pallas"), (q, kv, up)
 
 
 def _gradients(**shape):
@@ -67,6 +73,7 @@ KIMI = {"r": 512, "n": 128, "p": 64, "v": 128}
 FEW, ALL = {**KIMI, "h": 2}, {**KIMI, "h": 64}
 AHEAD, AFTER = tpu.BLOCK_Q * tpu.BLOCK_K, tpu_bwd.BLOCK_Q * tpu_bwd.BLOCK_K
 MOVED_AHEAD = tpu.BLOCK_K * (2 * (512 + 64) + 8)  # latents come by
+MOVED_INT8 = tpu.BLOCK_K * (512 + 4 + 2 * 64 + 8)
 MOVED_AFTER = tpu_bwd.BLOCK_Q * query_bytes(128, 64, 128)  # queries do
 CI, BENCH, K2 = frozenset({"ci"}), frozenset({"bench"}), frozenset({"k2"})
 AOT = {
@@ -75,12 +82,22 @@ AOT = {
         functools.partial(_forward, t=4096, s=4096, **FEW), BENCH, "192/128",
         AHEAD * (192 + 128) + AHEAD // 2048 * 512 * (128 + 128), MOVED_AHEAD, pairs=AHEAD,
     ),
+    ("192/128, int8", "pallas"): Case(
+        functools.partial(_forward, int8=True, t=4096, s=4096, **FEW), BENCH, "192/128",
+        AHEAD * (192 + 128) + AHEAD // 2048 * 512 * (128 + 128), MOVED_INT8, pairs=AHEAD,
+    ),
     ("192/128 gradients", "pallas"): Case(
         functools.partial(_gradients, t=4096, s=4096, **FEW), BENCH, "192/128",
         AFTER * (3 * 192 + 2 * 128), MOVED_AFTER, pairs=AFTER,
     ),
     ("ragged", "pallas"): Case(functools.partial(_forward, t=300, s=700, **FEW), CI),
+    ("ragged, int8", "pallas"): Case(
+        functools.partial(_forward, int8=True, t=300, s=700, **FEW), CI
+    ),
     ("ragged, gradients", "pallas"): Case(functools.partial(_gradients, t=300, s=700, **FEW), CI),
     ("K2, a chunk at 2M", "pallas"): Case(functools.partial(_forward, t=4096, s=2**21, **ALL), K2),
+    ("K2, a chunk at 2M, int8", "pallas"): Case(
+        functools.partial(_forward, int8=True, t=4096, s=2**21, **ALL), K2
+    ),
     ("K2, a hop", "pallas"): Case(functools.partial(_gradients, t=4096, s=4096, **ALL), K2),
 }

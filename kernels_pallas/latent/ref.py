@@ -5,6 +5,7 @@ import jax.numpy as jnp
 
 from kernels_pallas.attention import Keys
 from kernels_pallas.attention import ref as attention
+from kernels_pallas.int8 import widen
 from kernels_pallas.partial import Partial
 
 HIGHEST = jax.lax.Precision.HIGHEST
@@ -12,7 +13,8 @@ HIGHEST = jax.lax.Precision.HIGHEST
 
 def expand(kv, up) -> Keys:
     """The key and value of every head."""
-    latent, *up = (x.astype(jnp.float32) for x in (kv.latent, *up))
+    latent = kv.latent if kv.scale is None else widen(kv.latent, kv.scale, jnp.float32)
+    latent, *up = (x.astype(jnp.float32) for x in (latent, *up))
     key, value = (jnp.einsum("bsr,rhn->bshn", latent, w, precision=HIGHEST) for w in up)
     return Keys(key, value, kv.k_rope, kv.pos, kv.seg)
 

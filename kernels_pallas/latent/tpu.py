@@ -7,7 +7,8 @@ what follows. Where a block of keys is seen whole, keys are made within the sche
 where in part, a piece of them is made first and lies in scratch.
 
 VMEM, bfloat16, K2 (latent 512, key 128 + 64, value 128), 2048 queries x 512 keys: queries 0.8 MiB,
-latents 0.5 + 0.1, weights 0.25, all twice; out 1 MiB twice, accumulator 1, made keys 0.25.
+latents 0.5 + 0.1, weights 0.25, all twice; out 1 MiB twice, accumulator 1, made keys 0.25. int8
+latents, half of that, are widened as they are loaded.
 """
 
 from typing import NamedTuple
@@ -37,6 +38,7 @@ from kernels_pallas.attention.tile import (
     scalars,
 )
 from kernels_pallas.attention.tpu import asked_of, too_long
+from kernels_pallas.int8 import widen_in_kernel
 from kernels_pallas.partial import Partial
 
 BLOCK_Q, BLOCK_K = 2048, 512
@@ -47,19 +49,26 @@ class Inputs(NamedTuple):
 
     q: tuple  # b h n t and b h p t (or None), times scale / ln 2
     q_where: jax.Array  # b 3 t: pos, seg, since
-    latent: jax.Array  # b s r
+    latent: jax.Array  # b s r, or words
     rope: jax.Array | None  # b s p
     k_where: jax.Array  # b 2 s: pos, seg
     up: tuple  # h r n and h r v
+    scale: jax.Array | None = None  # b 1 s   of words
 
 
 def unsupported(
     q, kv, up, block_q: int = BLOCK_Q, block_k: int = BLOCK_K
 ) -> str | None:
     """Why no kernel with such blocks attends q to latents, or None. Weights are cast to theirs."""
-    why = limits.numbers(q_nope=q.nope, q_rope=q.rope, latent=kv.latent, k_rope=kv.k_rope)
-    blocks = blocks_for(q.pos.shape[1], kv.pos.shape[1], block_q, block_k, kv.latent.dtype)
+    latent = {"latent": kv.latent} if kv.scale is None else {"weights": up[0]}
+    why = limits.numbers(q_nope=q.nope, q_rope=q.rope, k_rope=kv.k_rope, **latent)
+    blocks = blocks_for(q.pos.shape[1], kv.pos.shape[1], block_q, block_k, made_in(kv, up))
     return why or too_long(q, kv, blocks)
+
+
+def made_in(kv, up) -> jnp.dtype:
+    """The dtype of keys and values that are made: of the latents, of int8 ones of the weights."""
+    return kv.latent.dtype if kv.scale is None else up[0].dtype
 
 
 def keys_of(kv, up, blocks: Blocks) -> Inputs:
@@ -67,20 +76,24 @@ def keys_of(kv, up, blocks: Blocks) -> Inputs:
     return Inputs(
         None, None, pad(kv.latent, blocks.k, 1),
         None if kv.k_rope is None else pad(kv.k_rope, blocks.k, 1), keys_at(kv, blocks),
-        tuple(jnp.moveaxis(w.astype(kv.latent.dtype), 1, 0) for w in up),
+        tuple(jnp.moveaxis(w.astype(made_in(kv, up)), 1, 0) for w in up),
+        None if kv.scale is None else pad(kv.scale[:, None], blocks.k, 2),
     )
 
 
 def make(x: Inputs, rows) -> tuple:
     """Keys and values of some latents of a block, in their dtype."""
     latent = x.latent[rows]
+    if x.scale is not None:
+        latent = widen_in_kernel(latent, x.scale[:, rows], x.up[0].dtype)
     return tuple(dot(latent, w[...], (1, 0)).astype(latent.dtype) for w in x.up)
 
 
 def forward(q, kv, up, *, scale: float, interpret: bool = False) -> Partial:
     """The op's TPU form. See the package docstring for the contract."""
     (b, t, h, _), s = q.nope.shape, kv.pos.shape[1]
-    blocks = blocks_for(t, s, BLOCK_Q, BLOCK_K, kv.latent.dtype)
+    dtype = made_in(kv, up)
+    blocks = blocks_for(t, s, BLOCK_Q, BLOCK_K, dtype)
     x = keys_of(kv, up, blocks)._replace(
         q=asked_of(q, scale, blocks), q_where=queries_at(q, blocks)
     )
@@ -93,7 +106,7 @@ def forward(q, kv, up, *, scale: float, interpret: bool = False) -> Partial:
         known, x, *refs = Scalars(*refs[:width]), *refs[width:]
         _kernel(known, x, Partial(*refs[:3]), State(*refs[3:6]), refs[6:], blocks, keys)
 
-    made = [pltpu.VMEM((blocks.k_piece, size), kv.latent.dtype) for size in (n, v)]
+    made = [pltpu.VMEM((blocks.k_piece, size), dtype) for size in (n, v)]
     out = pl.pallas_call(
         kernel,
         grid_spec=pltpu.PrefetchScalarGridSpec(
@@ -202,5 +215,6 @@ def specs(x: Inputs, blocks: Blocks, known: Scalars | None = None, row=0) -> tup
         spec((None, 3, blocks.q), lambda b, h, i: (b, 0, i)),
         shared(x.latent.shape[2]), shared(p),
         met((None, 2, blocks.k), lambda b, j: (b, 0, j)), tuple(map(own, x.up)),
+        None if x.scale is None else met((None, 1, blocks.k), lambda b, j: (b, 0, j)),
     )
     return of_inputs, Partial(across(v), across(1), across(1))

@@ -1,23 +1,37 @@
-"""Every key and value made first, in the dtype of the latents, then attention by tiles."""
+"""Keys and values of a piece of the latents made first, in their dtype, then attention by tiles."""
 
 import jax
 import jax.numpy as jnp
 
 from kernels_pallas.attention import Keys
 from kernels_pallas.attention import xla as attention
-from kernels_pallas.attention.xla import contract
-from kernels_pallas.partial import Partial
+from kernels_pallas.attention.xla import contract, overlap, tiles
+from kernels_pallas.int8 import widen
+from kernels_pallas.partial import Partial, empty, merge
+
+PIECE = 4096  # latents of which every head's keys and values are held at one time
 
 
 def expand(kv, up) -> Keys:
     """The key and value of every head."""
-    make = lambda w: jnp.einsum("bsr,rhn->bshn", kv.latent, w.astype(kv.latent.dtype))  # noqa: E731
+    latent = kv.latent if kv.scale is None else widen(kv.latent, kv.scale, up[0].dtype)
+    make = lambda w: jnp.einsum("bsr,rhn->bshn", latent, w.astype(latent.dtype))  # noqa: E731
     return Keys(make(up[0]), make(up[1]), kv.k_rope, kv.pos, kv.seg)
 
 
 def forward(q, kv, up, *, scale: float) -> Partial:
     """The op's xla form. See the package docstring for the contract."""
-    return attention.forward(q, expand(kv, up), scale=scale)
+    if kv.pos.shape[1] <= PIECE:
+        return attention.forward(q, expand(kv, up), scale=scale)
+
+    def step(acc, piece):
+        use = lambda: merge(  # noqa: E731
+            acc, attention.forward(q, expand(piece, up), scale=scale)
+        )
+        return jax.lax.cond(overlap(q, piece), use, lambda: acc), None
+
+    start = empty(q.nope.shape[:3], up[1].shape[-1])
+    return jax.lax.scan(step, start, tiles(kv, PIECE))[0]
 
 
 def grads(q, kv, up, lse, d_out, delta, *, scale: float):

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from kernels_pallas import limits
+from kernels_pallas import int8, limits
 from kernels_pallas.attention import Queries
 from kernels_pallas.latent_decode import ref, tpu, xla
 from kernels_pallas.latent_decode.ref import unpair as unpair
@@ -29,11 +29,11 @@ HALF = 128  # tokens of a page that follow each other in one half of the rows of
 class Pages(NamedTuple):
     """Every layer's latents. On a TPU arrays 64 wide are padded: two rotary keys share a row."""
 
-    latent: jax.Array  # l c j r     bfloat16, or int8 with `scale`
+    latent: jax.Array  # l c j r     or int32 l c j r/4 with `scale`: words of int8 (see int8.py)
     rope: jax.Array | None  # l c j/2 2p   as `pair` lays them
     pos: jax.Array  # c j   int32; an unwritten slot is int32 max
     seg: jax.Array  # c j   int32, -1 is padding: never seen
-    scale: jax.Array | None = None  # l c j   float32: a latent is its int8 times this
+    scale: jax.Array | None = None  # l c j/128 128   float32: a latent is its int8 times this
 
 
 def pair(rope: jax.Array) -> jax.Array:
@@ -59,8 +59,10 @@ def latent_decode(
     """
     if impl not in IMPLS:
         raise ValueError(f"latent_decode: unknown {impl=}, there are {sorted(IMPLS)}")
-    (b, r), (j, width) = (q.nope.shape[0], q.nope.shape[-1]), pages.latent.shape[2:]
-    if r != width or table.shape[0] != b or pages.pos.shape != pages.latent.shape[1:3]:
+    int8.check("latent_decode", pages.latent, pages.scale)
+    (b, r), j = (q.nope.shape[0], q.nope.shape[-1]), pages.latent.shape[2]
+    width, of_pages = int8.width(pages.latent, pages.scale), pages.latent.shape[1:3]
+    if r != width or table.shape[0] != b or pages.pos.shape != of_pages:
         raise ValueError(
             f"latent_decode: queries b t h r {q.nope.shape}, pages l c j r {pages.latent.shape}, "
             f"positions c j {pages.pos.shape} and table b n {table.shape} must agree in b, c, j, r"
@@ -69,7 +71,5 @@ def latent_decode(
         raise ValueError(f"latent_decode: pages of {j} tokens, want a multiple of {2 * HALF}")
     if (q.rope is None) != (pages.rope is None):
         raise ValueError("latent_decode: queries and pages both have a rotary part, or neither")
-    if (pages.scale is None) != (pages.latent.dtype != jnp.int8):
-        raise ValueError("latent_decode: int8 latents have a scale, others have none")
     limits.check("latent_decode", impl, tpu.unsupported, q, pages, table)
     return IMPLS[impl](q, pages, layer, table, scale=scale)

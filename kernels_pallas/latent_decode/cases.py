@@ -16,16 +16,18 @@ from kernels_pallas.latent_decode import Pages, latent_decode
 KIMI = {"h": 64, "r": 512, "p": 64, "j": 512}
 
 
-def _shapes(*, b, t, n, layers, h, r, p, j, dtype=jnp.bfloat16, store=None):
+def _shapes(*, b, t, n, layers, h, r, p, j, dtype=jnp.bfloat16, int8=False):
     """Shapes and dtypes of queries, pages and table; n pages a row."""
     c, array = b * n, jax.ShapeDtypeStruct
     where = array((b, t), jnp.int32)
     q = Queries(array((b, t, h, r), dtype), array((b, t, h, p), dtype), where, where, where)
-    int8 = store == jnp.int8
+    latent, scale = array((layers, c, j, r), dtype), None
+    if int8:
+        latent = array((layers, c, j, r // 4), jnp.int32)
+        scale = array((layers, c, j // 128, 128), jnp.float32)
     pages = Pages(
-        array((layers, c, j, r), store or dtype), array((layers, c, j // 2, 2 * p), dtype),
-        array((c, j), jnp.int32), array((c, j), jnp.int32),
-        array((layers, c, j), jnp.float32) if int8 else None,
+        latent, array((layers, c, j // 2, 2 * p), dtype), array((c, j), jnp.int32),
+        array((c, j), jnp.int32), scale,
     )
     return q, pages, array((), jnp.int32), array((b, n), jnp.int32)
 
@@ -76,11 +78,11 @@ def _macs(t: int) -> int:
     return KIMI["j"] * t * KIMI["h"] * (2 * KIMI["r"] + KIMI["p"])
 
 
-def _page(t: int, store=None) -> Case:
+def _page(t: int, int8: bool = False) -> Case:
     """Of t queries to a page of a long cache."""
-    bytes_, scale = (1, 4) if store else (2, 0)
+    bytes_, scale = (1, 4) if int8 else (2, 0)
     moved = KIMI["j"] * (bytes_ * KIMI["r"] + 2 * KIMI["p"] + 8 + scale)
-    make = functools.partial(_make, t=t, store=store, **LONG)
+    make = functools.partial(_make, t=t, int8=int8, **LONG)
     return Case(make, BENCH, "576/512", _macs(t), moved, pairs=KIMI["j"] * 64 * t)
 
 
@@ -89,7 +91,7 @@ BENCH, CI, K2 = frozenset({"bench", "k2"}), frozenset({"ci"}), frozenset({"k2"})
 AOT = {
     ("1 of 131,072", "pallas"): _page(1),
     ("4 of 131,072", "pallas"): _page(4),
-    ("1 of 131,072, int8", "pallas"): _page(1, jnp.int8),
+    ("1 of 131,072, int8", "pallas"): _page(1, int8=True),
     ("ragged batch", "pallas"): Case(
         functools.partial(_make, t=1, b=8, n=3, layers=2), CI, "576/512"
     ),
@@ -98,7 +100,7 @@ AOT = {
 
 def main() -> None:
     """Bytes a token beside those of its latent and rotary key."""
-    for name, how in (("bfloat16", {}), ("int8", {"store": jnp.int8})):
+    for name, how in (("bfloat16", {}), ("int8", {"int8": True})):
         q, pages, *_ = _shapes(**KIMI, t=1, **LONG, **how)
         tokens = math.prod(pages.pos.shape)
         least = (KIMI["r"] + KIMI["p"]) * 2

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 
 from kernels_pallas.attention import Keys
 from kernels_pallas.attention import ref as attention
+from kernels_pallas.int8 import widen
 from kernels_pallas.partial import Partial
 
 
@@ -28,7 +29,7 @@ def keys_of(pages, layer, page, dtype) -> Keys:
     at = jnp.maximum(page, 0)
     latent = pages.latent[layer, at]
     if pages.scale is not None:
-        latent = latent.astype(jnp.float32) * pages.scale[layer, at][:, None]
+        latent = widen(latent, pages.scale[layer, at].reshape(-1), jnp.float32)
     latent = latent.astype(dtype)[:, None]
     rope = None if pages.rope is None else unpair(pages.rope[layer, at]).astype(dtype)
     return Keys(latent, latent, rope, *places(pages, page))

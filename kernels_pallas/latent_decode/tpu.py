@@ -44,6 +44,7 @@ from kernels_pallas.attention.tile import (
     pad,
     up,
 )
+from kernels_pallas.int8 import widen_in_kernel
 from kernels_pallas.partial import Partial, merge
 
 PARTS = 2
@@ -64,10 +65,10 @@ class Inputs(NamedTuple):
 
     q: tuple  # b r rows and b 2p rows (or None), times scale / ln 2
     q_where: jax.Array  # b 3 rows
-    latent: jax.Array  # l c j r
+    latent: jax.Array  # l c j r, or words
     rope: jax.Array | None  # l c j/2 2p
     k_where: jax.Array  # c 2 j
-    scale: jax.Array | None  # l c 1 j
+    scale: jax.Array | None  # l c j/128 128
 
 
 def unsupported(q, pages, table) -> str | None:
@@ -99,12 +100,19 @@ def decode(q, pages, layer, table, *, scale: float, interpret: bool = False) -> 
     x = Inputs(
         (across(q.nope), rope), q_where, pages.latent, pages.rope,
         jnp.stack([pages.pos, pages.seg], 1),
-        None if pages.scale is None else pages.scale[:, :, None],
+        _in_hbm(pages.scale, interpret),
     )
     out = _call(x, _known(q, pages, layer, table), lanes, interpret)
     back = lambda x: x[..., : t * h].swapaxes(2, 3).reshape(PARTS, b, t, h, -1)  # noqa: E731
     out = Partial(back(out.out), back(out.lse)[..., 0], back(out.max_logit)[..., 0])
     return functools.reduce(merge, (jax.tree.map(lambda x, i=i: x[i], out) for i in range(PARTS)))
+
+
+def _in_hbm(x, interpret: bool):
+    """The array where it is: XLA would bring a stack that fits to VMEM whole for each layer."""
+    if x is None or interpret:
+        return x
+    return pltpu.with_memory_space_constraint(x, pltpu.HBM)
 
 
 def _apart(q, parts: int, few: int):
@@ -144,10 +152,7 @@ def _kernel(known: Known, x: Inputs, out: Partial, state: State, lanes: int, pag
         rows = pl.ds(at, SUB)
         latent = x.latent[rows]
         if x.scale is not None:
-            wide = jnp.broadcast_to(x.scale[:, rows], (LANE, SUB)).T
-            wide = jnp.concatenate([wide] * (-(-latent.shape[1] // LANE)), 1)
-            latent = latent.astype(jnp.float32) * wide[:, : latent.shape[1]]
-            latent = latent.astype(x.q[0].dtype)
+            latent = widen_in_kernel(latent, x.scale[pl.ds(at // SUB, 1)], x.q[0].dtype)
         if x.rope is None:
             return latent, None, latent
         both = x.rope[pl.ds(at // (2 * SUB) * SUB, SUB)]
@@ -188,10 +193,11 @@ def _call(x: Inputs, known: Known, lanes: int, interpret: bool) -> Partial:
         (None, None, n, rows), lambda part, b, page, layer: (part, b, 0, 0)
     )
     in_specs = Inputs(
-        (asked(r), None if x.rope is None else asked(x.q[1].shape[1])), asked(3), stack(j, r),
+        (asked(r), None if x.rope is None else asked(x.q[1].shape[1])), asked(3),
+        stack(*x.latent.shape[2:]),
         None if x.rope is None else stack(j // 2, x.rope.shape[3]),
         spec((None, 2, j), lambda part, b, page, layer: (page, 0, 0)),
-        None if x.scale is None else stack(1, j),
+        None if x.scale is None else stack(*x.scale.shape[2:]),
     )
 
     def kernel(*refs):

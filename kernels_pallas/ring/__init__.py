@@ -25,9 +25,11 @@ def ring_attention(
     up    (w_uk r h n, w_uv r h v), the same everywhere
     axes  mesh axes, the ring goes along the last one first; other axes hold rings of their own
 
-    Not differentiable by itself: see ring_attention_grads. ValueError: an unknown impl.
+    Not differentiable by itself: see ring_attention_grads. ValueError: an unknown impl, or int8
+    latents.
     """
     interpret = _interpret(impl)
+    _check_floats(kv)
     limits.check("ring_attention", impl, tpu.unsupported, q, kv, up)
     return tpu.forward(q, kv, up, scale=scale, axes=axes, interpret=interpret)
 
@@ -41,11 +43,17 @@ def ring_attention_grads(
     lse, d_out, delta  as of kernels_pallas.attention.attention_grads
 
     Those of kv are sums over all devices of the ring. Those of the weights are of the device's own
-    queries: the caller sums them over the ring. ValueError: an unknown impl.
+    queries: the caller sums them over the ring. ValueError as of ring_attention.
     """
     row, interpret = (lse, d_out, delta), _interpret(impl)
+    _check_floats(kv)
     limits.check("ring_attention_grads", impl, tpu.unsupported, q, kv, up)
     return tpu_bwd.grads(q, kv, up, *row, scale=scale, axes=axes, interpret=interpret)
+
+
+def _check_floats(kv) -> None:
+    if kv.scale is not None:
+        raise ValueError("ring_attention: int8 latents do not travel: hand on floats")
 
 
 def _interpret(impl: str) -> bool:

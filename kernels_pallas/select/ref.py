@@ -3,14 +3,18 @@
 import jax
 import jax.numpy as jnp
 
+from kernels_pallas.int8 import widen
 from kernels_pallas.partial import Partial, from_logits
 
 HIGHEST = jax.lax.Precision.HIGHEST
 
 
-def select(q, blocks, layer, ids, *, scale: float) -> Partial:
+def select(q, blocks, layer, ids, *, scale: float, token_scale=None) -> Partial:
     """softmax(scale q c^T) c over the tokens of the chosen blocks."""
-    store = blocks[layer].astype(jnp.float32)  # b c j r
+    store = blocks[layer]  # b c j r
+    if token_scale is not None:
+        store = widen(store, token_scale[layer], jnp.float32)
+    store = store.astype(jnp.float32)
     chosen = (ids[..., None] == jnp.arange(store.shape[1])).any(2)  # b m c
     logits = jnp.einsum("bmthr,bcjr->bmthcj", q.astype(jnp.float32), store, precision=HIGHEST)
     b, m, t, h, c, j = logits.shape

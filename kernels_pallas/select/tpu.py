@@ -62,6 +62,8 @@ def sizes(q, blocks, ids) -> Sizes:
 
 def unsupported(q, blocks, ids) -> str | None:
     """Why the kernels do not attend q to the chosen blocks, or None."""
+    if blocks.dtype == jnp.int32:
+        return "blocks are words of int8, kernels do not widen them: name impl xla, or cache floats"
     why = limits.numbers(q=q, blocks=blocks)
     return why or limits.scalars(4 * (ids.shape[-1] + 1), f"{ids.shape[-1]} choices of a tile")
 

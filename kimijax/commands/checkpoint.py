@@ -20,6 +20,15 @@ def add_weights(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_cache(parser: argparse.ArgumentParser) -> None:
+    """The option --cache: how latents are kept."""
+    parser.add_argument(
+        "--cache", choices=("int8",),
+        help="int8: a latent of the cache in 8 bits a number and a float32 scale. Default: as "
+        "activations",
+    )
+
+
 def load_checkpoint(args: argparse.Namespace, plan: "Plan | None" = None) -> "Loaded":
     """The model of --checkpoint, --dtype and --weights; stderr says what was not kept quantised.
 

@@ -9,7 +9,7 @@ With --mesh the prompt and its cache lie on several devices.
 
 import argparse
 
-from kimijax.commands.checkpoint import DTYPES, add_weights, load_checkpoint
+from kimijax.commands.checkpoint import DTYPES, add_cache, add_weights, load_checkpoint
 from kimijax.commands.mesh import add_impl, add_mesh, ops_of, plan_of
 from kimijax.commands.paths import path
 from kimijax.commands.processes import job_of
@@ -40,6 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--stop", action="append", default=[], metavar="TEXT", help="end before this; repeatable")
     add("--stop_ids", type=_ids, default=(), metavar="ID[,ID...]", help="end at these tokens")
     add("--dtype", choices=DTYPES, default="float32", help="of weights and activations")
+    add_cache(parser)
     add_weights(parser)
     add_mesh(parser)
     add_impl(parser)
@@ -71,8 +72,23 @@ def main(args: argparse.Namespace) -> int:
         repetition_penalty=args.repetition_penalty, seed=args.seed,
     )
     with job_of(args):
+        if args.cache:
+            _check_cache(args)
         (_text if args.tokens is None else _arrays)(args, sampling, plan_of(args))
     return 0
+
+
+def _check_cache(args: argparse.Namespace) -> None:
+    """UserError, before weights are read: the model's latents are not kept as --cache says."""
+    from pathlib import Path
+
+    from kimijax.cache import check_latents
+    from kimijax.convert.load import read_config
+    from kimijax.ops.attend import check_kernels, usual_impl
+
+    cfg = read_config(Path(args.checkpoint))
+    check_latents(cfg, args.cache)
+    check_kernels(cfg, args.cache, args.impl or usual_impl())
 
 
 def _arrays(args: argparse.Namespace, sampling, plan) -> None:
@@ -138,7 +154,8 @@ def _programs(args: argparse.Namespace, loaded, plan):
 
     from kimijax.generate import decoder
 
-    return decoder(loaded.cfg, ops_of(args, plan), jnp.dtype(args.dtype)), loaded.params
+    dtype = jnp.dtype(args.dtype)
+    return decoder(loaded.cfg, ops_of(args, plan), dtype, args.cache), loaded.params
 
 
 def _encoded(args: argparse.Namespace, tokenizer):

@@ -14,7 +14,7 @@ import argparse
 import os
 from typing import TYPE_CHECKING
 
-from kimijax.commands.checkpoint import DTYPES
+from kimijax.commands.checkpoint import DTYPES, add_cache
 from kimijax.commands.paths import path
 
 if TYPE_CHECKING:
@@ -42,6 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="over axes data, seq, expert and tensor. Default: the fastest that fits")
     add("--strategy", help="of attention over devices, as of `kimijax logits`; default: by cost")
     add("--batch", type=int, default=1, metavar="B", help="rows")
+    add_cache(parser)
     add("--dtype", choices=DTYPES, default="bfloat16",
         help="of activations, caches and float weights (those in training are float32)")
     add("--weights", choices=("bf16", "fp8", "int4"),
@@ -128,7 +129,7 @@ def _job(args: argparse.Namespace, context: int) -> Job:
     cfg = config_of(args.model)
     if args.weights:
         cfg = held(cfg, args.weights)
-    return Job(cfg, args.job, context, args.batch, args.dtype, args.chunk)
+    return Job(cfg, args.job, context, args.batch, args.dtype, args.chunk, args.cache)
 
 
 def _write(target: str, facts: dict | list) -> None:

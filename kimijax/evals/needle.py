@@ -29,7 +29,7 @@ from kimijax.data.haystack import (
 from kimijax.errors import UserError
 from kimijax.evals.report import heatmap, table
 from kimijax.infer import CHUNK, Step, check_tokens, generate, prefill, programs
-from kimijax.ops.attend import local, usual_impl
+from kimijax.ops.attend import check_kernels, local, usual_impl
 from kimijax.ops.blocks import local_start
 from kimijax.ops.rope import MAX_POSITION
 from kimijax.parallel.plan import Plan
@@ -56,6 +56,7 @@ class NeedleJob:
     exact: bool = False
     yes: bool = False
     chunk: int = CHUNK  # tokens that a device reads at a time
+    cache: str | None = None  # how it keeps latents, as of kimijax.cache.empty_cache
 
     def __post_init__(self):
         for name, value in (("context", min(self.contexts, default=1)), ("needles", self.needles)):
@@ -122,12 +123,14 @@ def run(job: NeedleJob, out: Path, plan: Plan | None = None) -> dict:
     documents = hidden(job)
     clock = metrics.CompileClock()
     cfg, params = load_model(Path(job.checkpoint))
+    if job.cache:
+        check_kernels(cfg, job.cache, usual_impl())
     ops = local(usual_impl(), exact=job.exact)
     if plan is not None:
         ops, params = plan.ops(), load(job.checkpoint, shardings=plan.placements).params
     for tokens, _ in documents:
         check_tokens(cfg, tokens)
-    step = programs(cfg, ops, job.chunk * ops.ways)
+    step = programs(cfg, ops, job.chunk * ops.ways, job.cache)
     capacity = max(len(tokens) for tokens, _ in documents)
     capacity = -(-capacity // step.chunk) * step.chunk
     width = _prompt_width(job, documents)

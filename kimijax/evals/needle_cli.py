@@ -11,6 +11,7 @@ Writes results.json and heatmap.png into --out. With --mesh the text lies on sev
 import argparse
 from pathlib import Path
 
+from kimijax.commands.checkpoint import add_cache
 from kimijax.commands.mesh import add_mesh, plan_of
 from kimijax.commands.paths import path, writable
 from kimijax.commands.processes import job_of
@@ -39,6 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--checkpoint", type=path, metavar="DIR", default=str(CHECKPOINT),
         help="default: the one shipped")
     add("--out", type=path, metavar="DIR", default="runs/needle_2m", help="default: %(default)s")
+    add_cache(parser)
     add_mesh(parser)
 
 
@@ -77,7 +79,7 @@ def _run(args: argparse.Namespace) -> None:
         checkpoint=args.checkpoint, contexts=contexts, needles=args.needles, seed=args.seed,
         haystack=args.haystack, ask=args.ask,
         question=QUESTION if args.question is None else args.question,
-        twins=args.twins, exact=args.attention == "exact", yes=args.yes,
+        twins=args.twins, exact=args.attention == "exact", yes=args.yes, cache=args.cache,
     )
     plan = plan_of(args, exact=job.exact)
     run(job, writable(args.out) if is_first() else Path(args.out), plan)

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from kernels_pallas.attention import Queries
 from kernels_pallas.partial import finish, merge, sink
-from kimijax.cache import Memory, Tokens, place
+from kimijax.cache import Memory, Tokens, numbers, place
 from kimijax.config import CompressedConfig
 from kimijax.layers.base import fan_in, weight
 from kimijax.layers.mla import attend_all
@@ -38,22 +38,25 @@ class Compressed(nn.Module):
     def __call__(self, x, tokens: Tokens, memory: Memory | None):
         c, d = self.cfg, x.shape[-1]
         latent, memory, w_kv = self._latents(x, tokens, memory)
+        if memory is not None:
+            kept = memory.kept(latent)
+            latent = numbers(kept, x.dtype)  # as later calls will read them
         w_q, up, w_index = self._weights(w_kv)
         q = jnp.einsum("btd,dhn->bthn", x, w_q.astype(x.dtype))
         kv = Latents(latent, None, tokens.pos, tokens.seg)
         aux = {}
         if self.ops.exact:
-            memory = memory and memory.write(place(memory.cache, tokens), latent=latent)
+            memory = memory and memory.write(place(memory.cache, tokens), **kept)
             queries = Queries(q, None, tokens.pos, tokens.seg, jnp.zeros_like(tokens.pos))
             p = attend_all(self.ops, queries, kv, up, c.scale, memory)
         else:
             stores, memory = (
                 ([own_store(c, kv, w_index)], None)
                 if memory is None
-                else stores_of(c, kv, w_index, tokens, memory)
+                else stores_of(c, kept, w_index, tokens, memory)
             )
             # Looked up after the write: a read of the old array would force a copy of it.
-            lead = None if memory is None else _lead(c, memory, tokens)
+            lead = None if memory is None else _lead(c, memory, tokens, x.dtype)
             q = absorb(q, up[0])
             p = attend_local(c, self.ops, q, kv, lead, tokens)
             ids, memory, aux["chosen"] = choose(c, self.ops, x, w_index, stores, tokens, memory)
@@ -141,12 +144,12 @@ def _copying(key_dim: int):
     return init
 
 
-def _lead(c: CompressedConfig, memory: Memory, tokens: Tokens) -> Latents:
+def _lead(c: CompressedConfig, memory: Memory, tokens: Tokens, dtype) -> Latents:
     """The tokens before the call that a local region can reach."""
     n = c.window if tokens.aligned else c.window + c.index.group
     start = tokens.count - memory.cache.first + memory.cache.lead - n
     return Latents(
-        memory.window("latent", start, n), None, tokens.past_pos[:, -n:], tokens.past_seg[:, -n:]
+        memory.latents_at(start, n, dtype), None, tokens.past_pos[:, -n:], tokens.past_seg[:, -n:]
     )
 
 

@@ -40,7 +40,7 @@ class MLA(nn.Module):
         q = Queries(q_nope, q_rope, tokens.pos, tokens.seg, since)
         kv = Latents(latent, k_rope, tokens.pos, tokens.seg)
         if memory is not None:
-            new = {"latent": latent} | ({} if k_rope is None else {"k_rope": k_rope})
+            new = memory.kept(latent) | ({} if k_rope is None else {"k_rope": k_rope})
             memory = memory.write(place(memory.cache, tokens), **new)
         p = attend_all(self.ops, q, kv, up, c.scale, memory)
         out = self._proj("out", (c.heads, c.v_dim, d), ("heads", "head_dim", "embed"), 2)
@@ -88,4 +88,5 @@ def _stored(state, repeat, cache) -> Stored | Keys:
     if "head_keys" in state:
         key, value = state["head_keys"][repeat], state["head_values"][repeat]
         return Keys(key, value, None, cache.pos, cache.seg)
-    return Stored(state["latent"], state.get("k_rope"), repeat, cache.pos, cache.seg)
+    rope, scale = state.get("k_rope"), state.get("latent_scale")
+    return Stored(state["latent"], rope, repeat, cache.pos, cache.seg, scale)

@@ -15,13 +15,15 @@ from kernels_pallas.kda import kda
 from kernels_pallas.latent import IMPLS as FORMS
 from kernels_pallas.latent import Latents, latent_attention
 from kernels_pallas.latent_decode import Pages, latent_decode, unpair
+from kernels_pallas.limits import KERNELS
 from kernels_pallas.partial import Partial
 from kernels_pallas.select import select
 from kimijax.cache import Cache
+from kimijax.config import CompressedConfig, ModelConfig
 from kimijax.errors import UserError
 from kimijax.ops.delta import delta_runs
 from kimijax.ops.moe import grouped_experts, tiled_experts
-from kimijax.rows import PAGE, ROWS, Rows
+from kimijax.rows import LINE, PAGE, ROWS, Rows
 
 
 def attend(
@@ -57,23 +59,28 @@ def attend(
 class Stored(NamedTuple):
     """Latents of a cache as they lie: every layer's, which is sliced by what reads it if at all."""
 
-    latent: jax.Array  # l b s r
+    latent: jax.Array  # l b s r   or int32 l b s r/4 with `scale`: words of int8
     rope: jax.Array | None  # l b s/2 2p   as kernels_pallas.latent_decode.pair lays them
     layer: jax.Array  # int32: the slice that is meant
     pos: jax.Array  # b s
     seg: jax.Array  # b s
+    scale: jax.Array | None = None  # l b s/128 128   float32
 
 
 def recall(
     q: Queries, kv: Stored | Keys, up: tuple[jax.Array, ...], *, scale: float, impl: str
 ) -> Partial:
-    """`attend` to what a cache holds. Absorbed, it is read page by page where it lies."""
+    """`attend` to what a cache holds. Absorbed, it is read page by page where it lies.
+
+    int8 latents are widened to the dtype of q, a piece at a time, where they are multiplied.
+    """
     if isinstance(kv, Keys):
         return attention(q, kv, scale=scale, impl=impl)
     up = w_uk, w_uv = tuple(w.astype(q.nope.dtype) for w in up)
     if _cheaper(q.nope.shape[1], kv.pos.shape[1], w_uk.shape, w_uv.shape[-1]) == "expanded":
         k_rope = None if kv.rope is None else unpair(kv.rope[kv.layer])
-        latents = Latents(kv.latent[kv.layer], k_rope, kv.pos, kv.seg)
+        own = None if kv.scale is None else kv.scale[kv.layer].reshape(kv.pos.shape)
+        latents = Latents(kv.latent[kv.layer], k_rope, kv.pos, kv.seg, own)
         return latent_attention(q, latents, up, scale=scale, impl=impl)
     pages, table = _pages(kv)
     absorbed = q._replace(nope=absorb(q.nope, w_uk))
@@ -89,7 +96,8 @@ def _pages(kv: Stored) -> tuple[Pages, jax.Array]:
     rope = kv.rope
     if rope is not None:
         rope = rope.reshape(layers, -1, j // 2, rope.shape[-1])
-    pages = Pages(kv.latent.reshape(layers, -1, j, r), rope, *where)
+    scale = None if kv.scale is None else kv.scale.reshape(layers, -1, j // LINE, LINE)
+    pages = Pages(kv.latent.reshape(layers, -1, j, r), rope, *where, scale)
     return pages, jnp.arange(b * s // j, dtype=jnp.int32).reshape(b, -1)
 
 
@@ -173,6 +181,15 @@ class Ops:
 def usual_impl() -> str:
     """Of the devices that jax runs on; a Plan knows its own."""
     return "pallas" if jax.default_backend() == "tpu" else "xla"
+
+
+def check_kernels(cfg: ModelConfig, latents: str, impl: str) -> None:
+    """UserError: an implementation of the ops does not read caches with such latents."""
+    chosen = any(isinstance(layer.mixer, CompressedConfig) for layer in cfg.layers)
+    if chosen and impl in KERNELS:
+        raise UserError(
+            f"cache {latents}: kernels of a TPU read no chosen blocks in it; leave it out"
+        )
 
 
 @functools.cache

@@ -30,11 +30,12 @@ class IndexWeights(NamedTuple):
 class Store(NamedTuple):
     """Latents by block with their summary keys, stacked over layers."""
 
-    latent: jax.Array  # l b c j r
+    latent: jax.Array  # l b c j r   or int32 l b c j r/4 with `scale`: words of int8
     keys: jax.Array  # l b c g i
     layer: jax.Array  # int32
     block_pos: jax.Array  # b c   first position; int32 max: not complete
     block_seg: jax.Array  # b c
+    scale: jax.Array | None = None  # l b c j   float32
 
 
 def local_start(pos: jax.Array, c: CompressedConfig) -> jax.Array:
@@ -80,18 +81,25 @@ def own_store(c: CompressedConfig, kv: Latents, w: IndexWeights) -> Store:
 
 
 def stores_of(
-    c: CompressedConfig, kv: Latents, w: IndexWeights, tokens: Tokens, memory: Memory
+    c: CompressedConfig,
+    kept: dict[str, jax.Array],
+    w: IndexWeights,
+    tokens: Tokens,
+    memory: Memory,
 ) -> tuple[list[Store], Memory]:
-    """Write the call's latents and the blocks it touches; every store that may be read then."""
+    """Write the call's latents and the blocks it touches; every store that may be read then.
+
+    kept  the latents as the memory keeps them
+    """
     block, cache = c.index.block, memory.cache
-    memory = memory.write(place(cache, tokens), latent=kv.latent)
+    memory = memory.write(place(cache, tokens), **kept)
     t, size = tokens.pos.shape[1], cache.pos.shape[1]
     # Blocks that hold a slot of this call. A slice that would leave the store slides back whole
     # blocks; those were complete before the call and are left as they are.
     touched = t // block if tokens.aligned else t // block + 2
     here = (tokens.count - cache.first + cache.lead) // block
     start = jnp.minimum(here, size // block - touched)
-    latent = memory.window("latent", start * block, touched * block)
+    latent = memory.latents_at(start * block, touched * block, memory.state["keys"].dtype)
     latent = latent.reshape(latent.shape[0], touched, block, -1)
     pos, seg = (cache.slots(x, start * block, touched * block) for x in (cache.pos, cache.seg))
     new_pos, new_seg = block_table(pos, seg, block)
@@ -107,10 +115,12 @@ def stores_of(
 
 
 def _store(state: dict, repeat: jax.Array, block: int) -> Store:
-    latent = state["latent"]
-    blocks = latent.reshape(*latent.shape[:2], -1, block, latent.shape[-1])
+    latent, scale = state["latent"], state.get("latent_scale")
+    lead = latent.shape[:2]
+    blocks = latent.reshape(*lead, -1, block, latent.shape[-1])
     return Store(
-        blocks, state["keys"], repeat, state["block_pos"][repeat], state["block_seg"][repeat]
+        blocks, state["keys"], repeat, state["block_pos"][repeat], state["block_seg"][repeat],
+        None if scale is None else scale.reshape(*lead, -1, block),
     )
 
 
@@ -222,7 +232,7 @@ def read_chosen(
     group = t // ids.shape[1]
     tiles = q.reshape(b, ids.shape[1], -1, h, r)
     parts = [
-        ops.select(tiles, s.latent, s.layer, local, scale=c.scale)
+        ops.select(tiles, s.latent, s.layer, local, scale=c.scale, token_scale=s.scale)
         for s, local in _within(ids, stores)
     ]
     p = parts[0] if len(parts) == 1 else merge(*parts)

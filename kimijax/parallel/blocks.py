@@ -56,7 +56,9 @@ def top_blocks(axes: Axes, impl: str, q, keys, layer, block_pos, block_seg, befo
     return local(q, keys, layer, block_pos, block_seg, before, seg)
 
 
-def select(axes: Axes, impl: str, q, blocks, layer, ids, *, scale: float) -> Partial:
+def select(
+    axes: Axes, impl: str, q, blocks, layer, ids, *, scale: float, token_scale=None
+) -> Partial:
     """The contract of kernels_pallas.select, with ids as `top_blocks` here gives them."""
     rows, dealt = axes.place(ids.shape[:2])
     asked = P(rows, dealt)
@@ -66,35 +68,35 @@ def select(axes: Axes, impl: str, q, blocks, layer, ids, *, scale: float) -> Par
         jax.shard_map, mesh=axes.mesh, check_vma=False, out_specs=Partial(asked, asked, asked),
         in_specs=(asked, P(None, rows, axes.tokens), P(), asked),
     )
-    def local(q, blocks, layer, ids):
+    def local(q, store, layer, ids):
         read = functools.partial(_chosen, impl=impl, scale=scale)
         if travel:
-            return _around(axes, read, q, blocks[layer][None], ids)
+            return _around(axes, read, q, jax.tree.map(lambda x: x[layer][None], store), ids)
         if dealt:
             q, ids = gathered((q, ids), axes.tokens)
-        here = _within(ids, jax.lax.axis_index(axes.tokens), blocks.shape[2])
-        return merge_over(read(q, blocks, layer, here), axes.tokens, bool(dealt))
+        here = _within(ids, jax.lax.axis_index(axes.tokens), store[0].shape[2])
+        return merge_over(read(q, store, layer, here), axes.tokens, bool(dealt))
 
-    return local(q, blocks, layer, ids)
+    return local(q, (blocks, token_scale), layer, ids)
 
 
-def _around(axes: Axes, read, q, blocks, ids) -> Partial:
-    """Blocks of every device come by, N - 1 sends."""
+def _around(axes: Axes, read, q, store, ids) -> Partial:
+    """Blocks of every device (and their scales, if any) come by, N - 1 sends."""
     me, ways = jax.lax.axis_index(axes.tokens), axes.ways
     hops = [(i, (i + 1) % ways) for i in range(ways)]
 
-    def use(acc, blocks, n):
-        return merge(acc, read(q, blocks, jnp.int32(0), _within(ids, (me - n) % ways,
-                                                                blocks.shape[2])))
+    def use(acc, store, n):
+        here = _within(ids, (me - n) % ways, store[0].shape[2])
+        return merge(acc, read(q, store, jnp.int32(0), here))
 
     def hop(carry, n):
-        acc, blocks = carry
-        coming = jax.lax.ppermute(blocks, axes.tokens, hops)
-        return (use(acc, blocks, n), coming), None
+        acc, store = carry
+        coming = jax.lax.ppermute(store, axes.tokens, hops)
+        return (use(acc, store, n), coming), None
 
-    start = (empty(q.shape[:-1], q.shape[-1]), blocks)
-    (acc, blocks), _ = jax.lax.scan(hop, start, jnp.arange(ways - 1))
-    return use(acc, blocks, ways - 1)
+    start = (empty(q.shape[:-1], q.shape[-1]), store)
+    (acc, store), _ = jax.lax.scan(hop, start, jnp.arange(ways - 1))
+    return use(acc, store, ways - 1)
 
 
 def _within(ids, owner, size: int):
@@ -103,8 +105,9 @@ def _within(ids, owner, size: int):
     return jnp.where((own >= 0) & (own < size) & (ids >= 0), own, -1)
 
 
-def _chosen(q, blocks, layer, ids, *, impl: str, scale: float) -> Partial:
+def _chosen(q, store, layer, ids, *, impl: str, scale: float) -> Partial:
     """Attention to the ids that are not -1, as few steps as the tile with most of them needs."""
+    blocks, token_scale = store
     ids = jnp.take_along_axis(ids, jnp.argsort(ids < 0, axis=-1, stable=True), -1)
     most = (ids >= 0).sum(-1).max()
     width = -(-ids.shape[-1] // PIECES)
@@ -115,7 +118,8 @@ def _chosen(q, blocks, layer, ids, *, impl: str, scale: float) -> Partial:
     def step(acc, xs):
         n, some = xs
         use = lambda: merge(  # noqa: E731
-            acc, select_here(q, blocks, layer, some, scale=scale, impl=impl)
+            acc,
+            select_here(q, blocks, layer, some, scale=scale, impl=impl, token_scale=token_scale),
         )
         return jax.lax.cond(n * width < most, use, lambda: acc), None
 

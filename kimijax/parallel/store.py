@@ -76,7 +76,8 @@ def _specs(axes: Axes, rows, kv: Stored | Keys):
         heads = P(rows, axes.tokens, axes.heads)
         return Keys(heads, heads, None, own, own)
     stack = P(None, rows, axes.tokens)
-    return Stored(stack, None if kv.rope is None else stack, P(), own, own)
+    rope, scale = (None if x is None else stack for x in (kv.rope, kv.scale))
+    return Stored(stack, rope, P(), own, own, scale)
 
 
 def dealt_rows(axes: Axes) -> Rows:

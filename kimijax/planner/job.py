@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kimijax.cache import Cache, empty_cache, lead_slots, run_length
+from kimijax.cache import Cache, check_latents, empty_cache, lead_slots, run_length
 from kimijax.config import CompressedConfig, Fp8Config, Int4Config, ModelConfig, MoEConfig
 from kimijax.config_tree import expanded, override
 from kimijax.convert.source import leaf_dtype
@@ -34,6 +34,7 @@ class Job:
     batch: int = 1
     dtype: str = "bfloat16"  # of activations, caches and, but in training, of float weights
     chunk: int | None = None  # tokens of a row in a call of prefill, behind a cache; None: all
+    latents: str | None = None  # how a cache keeps them, as of kimijax.cache.empty_cache
 
     def __post_init__(self):
         if not 1 <= self.context <= MAX_POSITION:
@@ -51,6 +52,11 @@ class Job:
             if any(isinstance(layer.mixer, CompressedConfig) for layer in self.cfg.layers):
                 raise UserError("--chunk: chunks of compressed attention are not planned; leave it "
                                 "out, or plan a model of other layers")
+        if self.latents is not None:
+            check_latents(self.cfg, self.latents)
+            if not self.cached:
+                raise UserError(f"--cache {self.latents}: this job has none; leave it out, or plan "
+                                "--job decode, or prefill with --chunk")
         if self.kind == "train" and self.cfg != expanded(self.cfg):
             raise UserError("train: quantised weights have no gradients; leave --weights at bf16")
 
@@ -151,7 +157,7 @@ def cache(job: Job, plan: Plan) -> Cache:
 @functools.lru_cache(maxsize=256)
 def _cache(job: Job, ways: int) -> Cache:
     return jax.eval_shape(functools.partial(
-        empty_cache, job.cfg, job.batch, job.context, jnp.dtype(job.dtype), ways
+        empty_cache, job.cfg, job.batch, job.context, jnp.dtype(job.dtype), ways, job.latents
     ))
 
 

@@ -12,7 +12,7 @@ def as_json(e: Estimate, dollars: float, watts: float) -> dict:
     rate = e.job.tokens / e.time
     return {
         "job": e.job.kind, "context": e.job.context, "chunk": e.job.chunk,
-        "batch": e.job.batch, "dtype": e.job.dtype,
+        "batch": e.job.batch, "dtype": e.job.dtype, "cache": e.job.latents,
         "topology": e.pod.topology, "chips": e.pod.chips,
         "devices_per_chip": e.pod.chip.devices, "mesh": e.mesh, "strategy": e.strategy,
         "exchange": e.exchanges,

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax.tree_util import tree_flatten_with_path
 
+from kimijax.cache import LATENT
 from kimijax.config import (
     CompressedConfig,
     KDAConfig,
@@ -187,7 +188,8 @@ def _cache_read(job: Job, plan: Plan) -> float:
             if isinstance(c := layer.mixer, CompressedConfig):
                 seen = c.index.top_k * c.index.block + c.index.group + c.window
                 unseen = 1 - min(1.0, seen / state["latent"].shape[2])
-                total -= unseen * leaf_bytes(state["latent"])
+                kept = [state[name] for name in LATENT if name in state]
+                total -= unseen * sum(map(leaf_bytes, kept))
     return total
 
 

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from kernels_pallas.attention import Queries
+from kernels_pallas.int8 import narrow
 from kernels_pallas.latent_decode import Pages, latent_decode, pair, ref
 from tests.conftest import array, assert_close
 
@@ -34,8 +35,8 @@ def _inputs(rng, *, t=1, h=4, rope=True, window=None, int8=False, dtype=jnp.floa
     )
     latent, scale = normal(2, c, j, r), None
     if int8:
-        latent = array(rng.integers(-127, 128, latent.shape), jnp.int8)
-        scale = array(rng.uniform(0.01, 0.02, latent.shape[:3]))
+        latent, scale = narrow(latent)
+        scale = scale.reshape(2, c, j // 128, 128)
     keys = pair(normal(2, c, j, p)) if rope else None
     pages = Pages(latent, keys, array(pos, jnp.int32), jnp.asarray(seg), scale)
     return q, pages, jnp.int32(1), array(table, jnp.int32)
@@ -92,4 +93,4 @@ def test_wrong_names_and_shapes_raise_with_the_values(rng):
     with pytest.raises(ValueError, match="rotary"):
         call(q._replace(rope=None), pages, layer, table, impl="xla")
     with pytest.raises(ValueError, match="int8"):
-        call(q, pages._replace(scale=jnp.ones(pages.latent.shape[:3])), layer, table, impl="xla")
+        call(q, pages._replace(scale=jnp.ones((2, 12, 2, 128))), layer, table, impl="xla")

@@ -74,6 +74,9 @@ def plan(tmp_path):
     "job, args",
     [
         ("decode", "--context 4194304 --topology v5p:2x2x1 --mesh seq=2,expert=2 --weights int4"),
+        ("decode", "--context 4194304 --topology v5p:2x2x1 --mesh seq=2,expert=2 --cache int8"),
+        pytest.param("prefill", "--context 524288 --topology v6e:2x2 --mesh seq=2,expert=2 "
+                     "--chunk 65536 --cache int8", marks=pytest.mark.slow),
         pytest.param("prefill", "--context 32768 --topology v5p:2x2x1 --mesh seq=2,expert=2",
                      marks=pytest.mark.slow),
         pytest.param("prefill", "--context 524288 --topology v5p:2x2x1 --mesh seq=2,expert=2 "
