@@ -46,11 +46,15 @@ def _value_and_grads(call, source):
     q, kv, up = _inputs(source)
     d_out, d_lse = _floats((ROWS, TOKENS, H, 8), (ROWS, TOKENS, H))
 
+    floats = kv._fields.index("pos")
+
     def loss(q_floats, kv_floats, up):
-        p = call(Queries(*q_floats, *q[2:]), type(kv)(*kv_floats, *kv[-2:]), up)
+        p = call(Queries(*q_floats, *q[2:]), type(kv)(*kv_floats, *kv[floats:]), up)
         return jnp.sum(p.out * d_out) + jnp.sum(p.lse * d_lse), p
 
-    return jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2), has_aux=True))(q[:2], kv[:-2], up)
+    return jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2), has_aux=True))(
+        q[:2], kv[:floats], up
+    )
 
 
 @functools.cache
