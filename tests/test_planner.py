@@ -29,7 +29,7 @@ from kimijax.ops.attend import local
 from kimijax.optim import muon
 from kimijax.parallel.cost import DEVICES
 from kimijax.parallel.mesh import make_mesh
-from kimijax.planner import hlo, memory, search, work
+from kimijax.planner import hlo, links, memory, search, work
 from kimijax.planner.chips import CHIPS, pod_of, pods
 from kimijax.planner.estimate import estimate, plan_for
 from kimijax.planner.job import Job, abstract_mesh, held, layout
@@ -164,7 +164,7 @@ def test_a_ring_sends_what_its_strategy_costs():
     e = estimate(job, pod, {"seq": 128, "expert": 4}, "ring")
     assert e.links["ring"] == 61 * 511 * 4096 * (576 * 2 + 8)
     plan = plan_for(job, pod, e.mesh, e.strategy)
-    each = [work.layer_links(job, plan, layer)["ring"] for layer in job.cfg.layers]
+    each = [links.layer_links(job, plan, layer)["ring"] for layer in job.cfg.layers]
     assert sum(each) == e.links["ring"]
 
 
@@ -189,7 +189,7 @@ def test_a_ring_of_blocks_sends_what_its_program_sends():
     job = Job(chosen_model(), "prefill", 2048, dtype="float32")
     plan = layout(job, make_mesh({"seq": 4}))
     program = hlo.parse(lower(job, plan).compile().as_text())
-    assert work.link_bytes(job, plan)["ring"] == hlo.sent_bytes(program)
+    assert links.link_bytes(job, plan)["ring"] == hlo.sent_bytes(program)
 
 
 def test_a_token_reads_of_a_compressed_cache_the_chosen_blocks_and_the_index():

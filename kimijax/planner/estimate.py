@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 from kimijax.parallel.cost import DEVICES
 from kimijax.parallel.plan import Plan
-from kimijax.planner import memory, work
+from kimijax.planner import links, memory, work
 from kimijax.planner.chips import Pod
 from kimijax.planner.job import Job, abstract_mesh, layout
 
@@ -70,12 +70,12 @@ def estimate(
     plan = plan_for(job, pod, mesh, strategy)
     parts = memory.bytes_per_device(job, plan)
     flops, hbm = work.device_flops(job, plan), work.hbm_bytes(job, plan)
-    links = work.link_bytes(job, plan)
-    ring = links.get("ring", 0.0)
-    sending = ring / DEVICES[pod.name].link + (sum(links.values()) - ring) / pod.links
+    sends = links.link_bytes(job, plan)
+    ring = sends.get("ring", 0.0)
+    sending = ring / DEVICES[pod.name].link + (sum(sends.values()) - ring) / pod.links
     seconds = (flops / pod.flops, sum(hbm.values()) / pod.bandwidth, sending)
     return Estimate(
-        job, pod, mesh, plan.strategy, work.exchanges(job, plan), parts,
-        work.flops_per_token(job), flops, hbm, links,
+        job, pod, mesh, plan.strategy, links.exchanges(job, plan), parts,
+        work.flops_per_token(job), flops, hbm, sends,
         dict(zip(BOUNDS, seconds, strict=True)),
     )

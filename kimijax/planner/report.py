@@ -1,6 +1,6 @@
 """An estimate and a proof as JSON values and as text. Sizes are those of one device."""
 
-from kimijax.planner import work
+from kimijax.planner import links
 from kimijax.planner.chips import GIB
 from kimijax.planner.estimate import Estimate, plan_for
 from kimijax.planner.prove import Proof
@@ -39,7 +39,7 @@ def as_json(e: Estimate, dollars: float, watts: float) -> dict:
 def _layers(e: Estimate) -> dict[str, dict[str, float]]:
     """By kind of layer; of several of one kind the last."""
     plan = plan_for(e.job, e.pod, e.mesh, e.strategy)
-    return {_kind(layer): work.layer_links(e.job, plan, layer) for layer in e.job.cfg.layers}
+    return {_kind(layer): links.layer_links(e.job, plan, layer) for layer in e.job.cfg.layers}
 
 
 def _kind(layer) -> str:
@@ -73,7 +73,7 @@ def as_text(e: Estimate, facts: dict) -> str:
     parts = sorted(((s, p) for p, s in e.parts.items() if s >= 1e-3 * e.bytes), reverse=True)
     bounds = ", ".join(f"{name} {_seconds(t)}" for name, t in e.seconds.items())
     flops = ", ".join(f"{part} {x:.3g}" for part, x in e.flops_per_token.items() if x)
-    links = ", ".join(f"{part} {_size(x)}" for part, x in e.links.items())
+    sends = ", ".join(f"{part} {_size(x)}" for part, x in e.links.items())
     tokens = f", experts' tokens {' and '.join(e.exchanges)}" if e.exchanges else ""
     what = "to the first token" if e.job.kind == "prefill" else "a step"
     return "\n".join([
@@ -83,7 +83,7 @@ def as_text(e: Estimate, facts: dict) -> str:
         f"{'fits' if e.fits else 'does not fit'}",
         "    " + ", ".join(f"{part} {_size(size)}" for size, part in parts),
         f"  FLOPs per token: {sum(e.flops_per_token.values()):.4g}: {flops}",
-        f"  sent per {unit}: {links or 'nothing'}",
+        f"  sent per {unit}: {sends or 'nothing'}",
         f"  at least {_seconds(e.time)} {what}, {form['tokens_per_second']:.4g} tokens/s: "
         f"bound by {e.bound} ({bounds})",
         f"  ${form['dollars_per_million_tokens']:.4g} per million tokens, "
